@@ -1,0 +1,1 @@
+"""Files to canonical tensors and back: reading, the strict match, writing, initial values."""

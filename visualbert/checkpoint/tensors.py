@@ -1,0 +1,88 @@
+"""A `Tensors` is anything that holds named arrays in the canonical layout and can list them unread.
+
+Weight files, a model in memory, freshly drawn values and a BERT being turned into a VisualBERT are all
+`Tensors`; loading, saving and converting only ever see this protocol.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from visualbert.errors import CheckpointError, UsageError
+
+# Floating types that a weight file may hold, by the names used in options and in config.json.
+DTYPES: dict[str, np.dtype] = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Spec(NamedTuple):
+    """Shape and numpy dtype name of a tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Tensors(Protocol):
+    """Named arrays: `specs` lists them, `read` gives one."""
+
+    label: str
+    specs: Mapping[str, Spec]
+
+    def read(self, name: str) -> np.ndarray:
+        """The array called `name`; writable, and owned by the caller."""
+        ...
+
+
+@dataclass
+class ArrayTensors:
+    """`Tensors` over arrays that are in memory already."""
+
+    label: str
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {name: Spec(a.shape, a.dtype.name) for name, a in self.arrays.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return np.array(self.arrays[name])
+
+
+def dtype_name(dtype: object) -> str:
+    """The name in `DTYPES` of a numpy, torch, JAX or TensorFlow dtype, or of a name itself.
+
+    Raises:
+        UsageError: it is not a floating type that a checkpoint can hold.
+    """
+    # DType.name (TensorFlow), dtype.__name__ (jnp.float32, np.float32), str(torch.float32).
+    name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype)
+    name = name.removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def common_dtype(tensors: Tensors) -> str:
+    """The widest floating type among `tensors`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = {spec.dtype for spec in tensors.specs.values()} & set(DTYPES)
+    if not found:
+        raise CheckpointError(f"{tensors.label!r} holds no floating-point tensors")
+    if found == {"float16", "bfloat16"}:
+        return "float32"
+    return max(found, key=lambda name: DTYPES[name].itemsize)
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """`array` as `dtype`, itself if it is already."""
+    return array if array.dtype == DTYPES[dtype] else array.astype(DTYPES[dtype])

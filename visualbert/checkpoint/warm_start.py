@@ -1,0 +1,104 @@
+"""A VisualBERT that starts from a BERT, as the paper's models did (section 3.3).
+
+Text tables, encoder, pooler and, where there is one, the language-model head are the BERT's; the visual
+segment and position tables are copies of the text tables; the visual projection and whatever the BERT
+lacks are drawn anew. `derived` and `fresh` list what did not come out of the file.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from visualbert.checkpoint.initial import InitialValues
+from visualbert.checkpoint.match import _rename
+from visualbert.checkpoint.tensors import Spec, Tensors, common_dtype
+from visualbert.config import VisualBertConfig
+from visualbert.errors import CheckpointError, ConfigError
+from visualbert.schema import COPIED, IGNORED, PREFIX, parameters
+
+_BERT_PREFIX = "bert."
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig:
+    """The VisualBERT config of the same size as the BERT whose config.json holds `values`.
+
+    Raises:
+        ConfigError: this BERT is built differently (relative positions, a decoder, cross-attention).
+    """
+    unlike = [
+        f"{key}={values[key]!r}"
+        for key, plain in (
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+            ("add_cross_attention", False),
+        )
+        if values.get(key, plain) != plain
+    ]
+    if unlike:
+        raise ConfigError(f"VisualBERT cannot start from a BERT with {', '.join(unlike)}")
+    shared = {key: values[key] for key in _SHARED_FIELDS if key in values}
+    return VisualBertConfig.from_dict({**shared, **changes})
+
+
+class WarmStart:
+    """`Tensors` of `architecture` under `config`, taken from the `bert` tensors or derived from them."""
+
+    def __init__(
+        self, bert: Tensors, architecture: str, config: VisualBertConfig, seed: int = 0
+    ) -> None:
+        self.label = bert.label
+        self._bert = bert
+        self._initial = InitialValues(architecture, config, seed)
+        self._dtype = common_dtype(bert)
+        found = {_rename(name).removeprefix(_BERT_PREFIX): name for name in bert.specs}
+        names = [p.name for p in parameters(architecture, config)]
+        short = {name: name.removeprefix(PREFIX) for name in names}
+        self._taken = {name: found[s] for name, s in short.items() if s in found}
+        self._copied = {
+            name: found[COPIED[s]]
+            for name, s in short.items()
+            if config.special_visual_initialize and COPIED.get(s) in found
+        }
+        self.derived = tuple(self._copied)
+        self.fresh = tuple(n for n in names if n not in self._taken and n not in self._copied)
+        used = {*self._taken.values(), *self._copied.values()}
+        ignorable = {name for s, name in found.items() if s in IGNORED or s.startswith("cls.")}
+        self.ignored = tuple(sorted(set(bert.specs) - used))
+        missing = [s for n, s in short.items() if n in self.fresh and s.startswith("encoder.layer.")]
+        if missing or "embeddings.word_embeddings.weight" not in found:
+            raise CheckpointError(
+                f"{bert.label!r} is not a BERT of {config.num_hidden_layers} layers: it lacks "
+                f"{(missing or ['embeddings.word_embeddings.weight'])[0]}"
+            )
+        unknown = sorted(set(self.ignored) - ignorable)
+        if unknown:
+            raise CheckpointError(
+                f"{bert.label!r} holds tensors that no BERT has: {', '.join(unknown[:3])}"
+                + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            )
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        specs = dict(self._initial.specs)
+        for name, source in {**self._taken, **self._copied}.items():
+            specs[name] = self._bert.specs[source]
+        return specs
+
+    def read(self, name: str) -> np.ndarray:
+        source = self._taken.get(name) or self._copied.get(name)
+        return self._bert.read(source) if source else self._initial.read(name)

@@ -1,0 +1,33 @@
+"""Every error that a user can cause, one class per cause.
+
+The command line catches `VisualBertError` alone, prints its text and exits with 2, so a message has to
+say by itself what is wrong, where, what was expected, what was found, and the way out.
+"""
+
+
+class VisualBertError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigError(VisualBertError, ValueError):
+    """A configuration is missing, broken, or contradicts itself."""
+
+
+class CheckpointError(VisualBertError, ValueError):
+    """A checkpoint cannot be read, or does not hold what the model needs."""
+
+
+class InputError(VisualBertError, ValueError):
+    """A model was called with inputs that do not fit it or each other."""
+
+
+class MissingBackendError(VisualBertError, ImportError):
+    """A framework or an optional library that the request needs is not installed."""
+
+
+class HubError(VisualBertError, OSError):
+    """A Hub id could not be resolved: no network, no such repository, or no access."""
+
+
+class UsageError(VisualBertError, ValueError):
+    """An option or argument that means nothing here."""

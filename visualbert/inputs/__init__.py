@@ -1,0 +1,1 @@
+"""Text and regions on their way into a model."""

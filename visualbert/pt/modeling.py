@@ -1,0 +1,887 @@
+"""VisualBERT in PyTorch, leaf to head.
+
+Twin of `visualbert.tf.modeling` and `visualbert.flax.modeling`: the same classes, submodules and
+methods in the same order; `tools/check_parallel.py` holds the list of permitted differences.
+Architecture: arXiv 1908.03557 section 3, and `modeling.py` of uclanlp/visualbert.
+
+B batch  C choices  T text  V regions  S=T+V  N heads  D head size  H hidden  F visual features
+A aligned positions  E phrases  L labels  W words
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
+
+from visualbert.config import VisualBertConfig
+from visualbert.inputs.contract import (
+    check_answer_position,
+    check_inputs,
+    flatten_choices,
+    is_floating,
+    require,
+)
+from visualbert.outputs import ModelOutput, model_output
+from visualbert.pretrained import PreTrained
+
+Dropout = nn.Dropout
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_new": lambda x: gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
+    "relu": relu,
+    "silu": silu,
+    "swish": silu,
+}
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T + bias`; the values come from a checkpoint or from `PreTrained.initialise`."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: it is about to be written."""
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors; no row is frozen."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: it is about to be written."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalisation over the last axis with scale and shift."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: it is about to be written."""
+
+
+class Embeddings(nn.Module):
+    """Text and region embeddings in one sequence, text first (paper section 3.2)."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.visual_token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
+        self.visual_position_embeddings = Embedding(
+            config.max_position_embeddings, config.hidden_size
+        )
+        self.visual_projection = Linear(config.visual_embedding_dim, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids=None,
+        token_type_ids=None,
+        position_ids=None,
+        inputs_embeds=None,
+        visual_embeds=None,
+        visual_token_type_ids=None,
+        image_text_alignment=None,
+    ):
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)  # B T H
+        text_length = inputs_embeds.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(text_length, device=inputs_embeds.device)[None]  # 1 T
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        embeddings = (
+            inputs_embeds
+            + self.position_embeddings(position_ids)
+            + self.token_type_embeddings(token_type_ids)
+        )  # B T H
+        if visual_embeds is not None:
+            regions = self.embed_regions(visual_embeds, visual_token_type_ids, image_text_alignment)
+            embeddings = torch.concatenate([embeddings, regions], axis=1)  # B S H
+        return self.dropout(self.LayerNorm(embeddings))
+
+    def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
+        """Projection + segment + position; every region has position 0 of the visual table."""
+        first = torch.zeros_like(visual_embeds[:, :, 0], dtype=torch.long)  # B V
+        if visual_token_type_ids is None:
+            visual_token_type_ids = first + 1
+        embeddings = (
+            self.visual_projection(visual_embeds)
+            + self.visual_token_type_embeddings(visual_token_type_ids)
+            + self.visual_position_embeddings(first)
+        )  # B V H
+        if image_text_alignment is not None:
+            aligned = image_text_alignment[:, : visual_embeds.shape[1]]  # B V A
+            embeddings = embeddings + self.aligned_positions(aligned)
+        return embeddings
+
+    def aligned_positions(self, image_text_alignment):
+        """Mean of the text positions that a region is aligned with; zero where there is none."""
+        valid = image_text_alignment >= 0  # B V A
+        positions = self.position_embeddings(torch.where(valid, image_text_alignment, 0))
+        valid = valid[..., None].to(positions.dtype)  # B V A 1
+        return (positions * valid).sum(2) / valid.sum(2).clip(1)  # B V H
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention of every position to every visible one."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.fused = config.attn_implementation == "sdpa"
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states, mask=None, output_attentions=False):
+        query = self.split_heads(self.query(hidden_states))
+        key = self.split_heads(self.key(hidden_states))
+        value = self.split_heads(self.value(hidden_states))
+        if self.fused and not output_attentions:
+            context, probs = self.fused_attention(query, key, value, mask), None
+        else:
+            context, probs = self.plain_attention(query, key, value, mask)
+        return context.reshape(hidden_states.shape), probs  # B S H, B N S S
+
+    def split_heads(self, x):
+        return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
+
+    def fused_attention(self, query, key, value, mask):
+        context = scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=None if mask is None else mask_bias(mask, query.dtype),
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        return context.transpose(1, 2)  # B S N D
+
+    def plain_attention(self, query, key, value, mask):
+        scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = scores + mask_bias(mask, scores.dtype)
+        probs = torch.softmax(scores, dim=-1)
+        return torch.einsum("bnqk,bknd->bqnd", self.dropout(probs), value), probs
+
+
+class SelfOutput(nn.Module):
+    """Projection, residual connection and normalisation after attention."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class Attention(nn.Module):
+    """Self-attention with its output projection."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.self = SelfAttention(config)
+        self.output = SelfOutput(config)
+
+    def forward(self, hidden_states, mask=None, output_attentions=False):
+        context, probs = self.self(hidden_states, mask, output_attentions)
+        return self.output(context, hidden_states), probs
+
+
+class Intermediate(nn.Module):
+    """First half of the feed-forward layer."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden_states):
+        return self.activation(self.dense(hidden_states))
+
+
+class Output(nn.Module):
+    """Second half of the feed-forward layer, residual connection and normalisation."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.intermediate_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class Layer(nn.Module):
+    """One Transformer layer of BERT, normalisation last."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = Output(config)
+
+    def forward(self, hidden_states, mask=None, output_attentions=False):
+        hidden_states, probs = self.attention(hidden_states, mask, output_attentions)
+        return self.output(self.intermediate(hidden_states), hidden_states), probs
+
+
+class Encoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states, mask=None, output_attentions=False):
+        all_hidden_states, attentions = [hidden_states], []
+        for layer in self.layer:
+            hidden_states, probs = self.run(layer, hidden_states, mask, output_attentions)
+            all_hidden_states.append(hidden_states)
+            attentions.append(probs)
+        return tuple(all_hidden_states), tuple(attentions)
+
+    def run(self, layer, hidden_states, mask, output_attentions):
+        """One layer, whose activations are computed again in the backward pass if so asked."""
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, hidden_states, mask, output_attentions, use_reentrant=False)
+        return layer(hidden_states, mask, output_attentions)
+
+
+class Pooler(nn.Module):
+    """A dense layer with tanh on the first position."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states):
+        return torch.tanh(self.dense(hidden_states[:, 0]))  # B H
+
+
+class PredictionHeadTransform(nn.Module):
+    """The layer between the encoder and the decoder of the language-model head."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states):
+        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+
+
+class LMPredictionHead(nn.Module):
+    """Masked language modelling; the decoder is the word table, which the caller passes."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.transform = PredictionHeadTransform(config)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def forward(self, hidden_states, word_table):
+        return self.transform(hidden_states) @ word_table.T + self.bias  # B S W
+
+
+class PreTrainingHeads(nn.Module):
+    """Masked language modelling and sentence-image match (paper section 3.3)."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.predictions = LMPredictionHead(config)
+        self.seq_relationship = Linear(config.hidden_size, 2)
+
+    def forward(self, hidden_states, pooled, word_table):
+        return self.predictions(hidden_states, word_table), self.seq_relationship(pooled)
+
+
+class RegionToPhraseAttention(nn.Module):
+    """Scores of every region for every phrase: one head's query-key product, no softmax."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.query = Linear(config.hidden_size, config.head_size)
+        self.key = Linear(config.hidden_size, config.head_size)
+        self.value = Linear(config.hidden_size, config.head_size)
+
+    def forward(self, phrases, regions, mask=None):
+        query, key = self.query(phrases), self.key(regions)  # B E D, B V D
+        scores = torch.einsum("bed,bvd->bev", query, key) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = scores + mask_bias(mask[:, None, :], scores.dtype)
+        return scores
+
+
+class PreTrainedModel(PreTrained, nn.Module):
+    """What the public classes share: loading, saving, and the edges of a call."""
+
+    framework = "pt"
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
+        """Keep one activation per layer in training and compute the others again (transformers' name)."""
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep every activation again."""
+        for module in self.modules():
+            if isinstance(module, Encoder):
+                module.gradient_checkpointing = False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The word table."""
+        return getattr(self, "visual_bert", self).embeddings.word_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self.get_input_embeddings().weight.dtype
+
+    def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
+        """Inputs as tensors on the model's device, refused where they do not fit (`inputs.contract`)."""
+        inputs = {
+            name: None if x is None else as_tensor(x, self.device, is_floating(where, name), self.dtype)
+            for name, x in inputs.items()
+        }
+        if not torch.compiler.is_compiling():
+            check_inputs(self.config, where, look, inputs, sizes)
+        return inputs
+
+
+class VisualBertModel(PreTrainedModel):
+    """VisualBERT without a head: hidden states of text and regions, and the pooled first position.
+
+    Args:
+        config: the architecture.
+        seed: of the initial values; None leaves the memory unwritten.
+    """
+
+    architecture = "VisualBertModel"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+        if config.bypass_transformer:
+            self.additional_layer = Layer(config)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ModelOutput:
+        """Run text and regions through one Transformer.
+
+        Args:
+            input_ids: (B, T) word-piece ids.
+            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand on
+                either side.
+            token_type_ids: (B, T) text segments; zeros when left out.
+            position_ids: (B, T) rows of the position table; 0 … T-1 when left out.
+            inputs_embeds: (B, T, H) instead of `input_ids`.
+            visual_embeds: (B, V, F) region features of the detector that the checkpoint was trained
+                with; text alone when left out.
+            visual_attention_mask: (B, V), 1 where there is a region; ones when left out.
+            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers. The
+                published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for the
+                second).
+            image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
+                (VCR); longer than V is cut.
+            output_attentions: also return each layer's attention after softmax.
+            output_hidden_states: also return the embeddings and each layer's output.
+
+        Returns:
+            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states` and
+            `attentions`. With `bypass_transformer` the encoder's entries cover the text and the last
+            entry, the additional layer's, covers text and regions.
+
+        Raises:
+            InputError: shapes or values that do not fit.
+        """
+        output_attentions = choose(output_attentions, self.config.output_attentions)
+        output_hidden_states = choose(output_hidden_states, self.config.output_hidden_states)
+        inputs = self.edge(
+            "VisualBertModel",
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "token_type_ids": token_type_ids,
+                "position_ids": position_ids,
+                "inputs_embeds": inputs_embeds,
+                "visual_embeds": visual_embeds,
+                "visual_attention_mask": visual_attention_mask,
+                "visual_token_type_ids": visual_token_type_ids,
+                "image_text_alignment": image_text_alignment,
+            },
+        )
+        text_mask = inputs.pop("attention_mask")
+        visual_mask = inputs.pop("visual_attention_mask")
+        embeddings = self.embeddings(**inputs)  # B S H
+        text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
+        text_length = text.shape[1]
+        mask = joint_mask(text_mask, visual_mask, embeddings, text_length)
+
+        if self.config.bypass_transformer and visual_embeds is not None:
+            text_keys = None if mask is None else mask[..., :text_length]
+            text_embeddings = embeddings[:, :text_length]
+            hidden_states, attentions = self.encoder(text_embeddings, text_keys, output_attentions)
+            joint = torch.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
+            last, probs = self.additional_layer(joint, mask, output_attentions)
+            hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
+        else:
+            hidden_states, attentions = self.encoder(embeddings, mask, output_attentions)
+        return model_output(
+            last_hidden_state=hidden_states[-1],
+            pooler_output=self.pooler(hidden_states[-1]),
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+
+class VisualBertForPreTraining(PreTrainedModel):
+    """VisualBERT with masked language modelling and sentence-image match (paper section 3.3)."""
+
+    architecture = "VisualBertForPreTraining"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_bert = VisualBertModel(config, seed=None)
+        self.cls = PreTrainingHeads(config)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+        sentence_image_labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Run the model and, with labels, its pretraining losses; other inputs as in `VisualBertModel`.
+
+        Args:
+            labels: (B, T) or (B, T+V) word-piece ids to be predicted; -100 and -1 are ignored.
+            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random (the
+                original's polarity; transformers documents the opposite).
+
+        Returns:
+            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of the
+            losses whose labels were given.
+        """
+        outputs = self.visual_bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            visual_embeds,
+            visual_attention_mask,
+            visual_token_type_ids,
+            image_text_alignment,
+            output_attentions,
+            output_hidden_states,
+        )
+        sequence = outputs.last_hidden_state
+        labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
+        text = input_ids if inputs_embeds is None else inputs_embeds
+        sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
+        labels, match = self.edge(self.architecture, labels_in, **sizes).values()
+        word_table = self.visual_bert.embeddings.word_embeddings.weight
+        prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
+        losses = []
+        if labels is not None:
+            losses.append(cross_entropy(prediction_logits[:, : labels.shape[1]], labels))
+        if match is not None:
+            losses.append(cross_entropy(match_logits, match.reshape(-1)))
+        return model_output(
+            loss=sum(losses) if losses else None,
+            prediction_logits=prediction_logits,
+            seq_relationship_logits=match_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class VisualBertForMultipleChoice(PreTrainedModel):
+    """VisualBERT that picks one of several texts for an image (VCR, paper section 4.2)."""
+
+    architecture = "VisualBertForMultipleChoice"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_bert = VisualBertModel(config, seed=None)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.cls = Linear(config.hidden_size, 1)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
+
+        Args:
+            labels: (B,) the right choice; -100 and -1 are ignored.
+
+        Returns:
+            `logits` (B, C), and `loss` with labels. Hidden states and attentions are (B·C, …).
+        """
+        text = require(self.architecture, input_ids, inputs_embeds)
+        batch, choices = text.shape[:2]
+        inputs = flatten_choices(
+            (batch, choices),
+            lambda x: torch.as_tensor(x)[:, None].expand(x.shape[0], choices, *x.shape[1:]),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            visual_embeds=visual_embeds,
+            visual_attention_mask=visual_attention_mask,
+            visual_token_type_ids=visual_token_type_ids,
+            image_text_alignment=image_text_alignment,
+        )
+        outputs = self.visual_bert(
+            **inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch, C=choices).values()
+        logits = self.cls(self.dropout(outputs.pooler_output)).reshape(-1, choices)
+        return model_output(
+            loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class VisualBertForQuestionAnswering(PreTrainedModel):
+    """VisualBERT that chooses an answer from a fixed vocabulary (VQA, paper section 4.1)."""
+
+    architecture = "VisualBertForQuestionAnswering"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_bert = VisualBertModel(config, seed=None)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.cls = Linear(config.hidden_size, config.num_labels)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK] [SEP]`.
+
+        Args:
+            labels: (B, L) soft targets, one score for each answer.
+
+        Returns:
+            `logits` (B, L), raw with or without labels, and `loss` with labels: the Kullback-Leibler
+            divergence summed over answers, averaged over the batch.
+        """
+        outputs = self.visual_bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            visual_embeds,
+            visual_attention_mask,
+            visual_token_type_ids,
+            image_text_alignment,
+            output_attentions,
+            output_hidden_states,
+        )
+        sequence = outputs.last_hidden_state
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
+        text = input_ids if inputs_embeds is None else inputs_embeds
+        position = self.answer_position(attention_mask, text.shape[1])
+        answer = sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        logits = self.cls(self.dropout(answer))
+        return model_output(
+            loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def answer_position(self, attention_mask, text_length):
+        """Index of the second-last real token, (B, 1), found from the mask, so padding may be left."""
+        if attention_mask is None:
+            check_answer_position(text_length, None)
+            return text_length - 2
+        mask = as_tensor(attention_mask, self.device, False, self.dtype)  # B T
+        if not torch.compiler.is_compiling():
+            check_answer_position(text_length, look(mask))
+        counts = mask.cumsum(1)
+        return (counts == counts[:, -1:] - 1).long().argmax(1)[:, None]
+
+
+class VisualBertForVisualReasoning(PreTrainedModel):
+    """VisualBERT that judges a statement about a pair of images (NLVR2, paper section 4.3)."""
+
+    architecture = "VisualBertForVisualReasoning"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_bert = VisualBertModel(config, seed=None)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.cls = Linear(config.hidden_size, config.num_labels)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
+
+        Args:
+            labels: (B,) classes; -100 and -1 are ignored.
+
+        Returns:
+            `logits` (B, L), and `loss` with labels.
+        """
+        outputs = self.visual_bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            visual_embeds,
+            visual_attention_mask,
+            visual_token_type_ids,
+            image_text_alignment,
+            output_attentions,
+            output_hidden_states,
+        )
+        batch = outputs.pooler_output.shape[0]
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
+        logits = self.cls(self.dropout(outputs.pooler_output))
+        return model_output(
+            loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
+    """VisualBERT that finds the regions of phrases (Flickr30K Entities, paper section 4.4).
+
+    The language-model head is part of the checkpoints and not of the computation.
+    """
+
+    architecture = "VisualBertForRegionToPhraseAlignment"
+
+    def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.visual_bert = VisualBertModel(config, seed=None)
+        self.dropout = Dropout(config.hidden_dropout_prob)
+        self.cls = PreTrainingHeads(config)
+        self.attention = RegionToPhraseAttention(config)
+        self.initialise(seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        visual_token_type_ids: torch.Tensor | None = None,
+        image_text_alignment: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        region_to_phrase_position: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """Score every region for every phrase; other inputs as in `VisualBertModel`.
+
+        Args:
+            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in the
+                original; -1 = padding, whose scores mean nothing.
+            labels: (B, E, V) target distribution over regions, zeros where a phrase has none.
+
+        Returns:
+            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels: the
+            Kullback-Leibler divergence summed over phrases and regions, averaged over the batch.
+        """
+        require(self.architecture, region_to_phrase_position=region_to_phrase_position)
+        require(self.architecture, visual_embeds=visual_embeds)
+        outputs = self.visual_bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            visual_embeds,
+            visual_attention_mask,
+            visual_token_type_ids,
+            image_text_alignment,
+            output_attentions,
+            output_hidden_states,
+        )
+        sequence = outputs.last_hidden_state
+        regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
+        positions, labels = self.edge(
+            self.architecture,
+            {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
+            B=sequence.shape[0],
+            V=regions.shape[1],
+            S=sequence.shape[1],
+        ).values()
+        phrases = gather(sequence, torch.where(positions >= 0, positions, 0))  # B E H
+        mask = visual_attention_mask
+        if mask is not None:
+            mask = as_tensor(mask, self.device, False, self.dtype) != 0
+        logits = self.attention(phrases, regions, mask)
+        return model_output(
+            loss=None if labels is None else divergence(logits, labels),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def mask_bias(mask, dtype):
+    """0 where visible; elsewhere so low that it vanishes in a softmax, yet adds without overflow.
+
+    A row with nothing visible gives the mean of all values, as transformers' plain attention does.
+    """
+    return torch.where(mask, 0.0, torch.finfo(dtype).min / 2).to(dtype)
+
+
+def joint_mask(text_mask, visual_mask, embeddings, text_length):
+    """(B, 1, 1, S), true where there is a token or a region; None where nothing is masked."""
+    if text_mask is None and visual_mask is None:
+        return None
+    ones = torch.ones_like(embeddings[:, :, 0], dtype=torch.bool)  # B S
+    text_mask = ones[:, :text_length] if text_mask is None else text_mask != 0
+    visual_mask = ones[:, text_length:] if visual_mask is None else visual_mask != 0
+    return torch.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
+
+
+def gather(hidden_states, positions):
+    """(B, E, H): the hidden states at (B, E) positions."""
+    return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
+
+
+def cross_entropy(logits, labels):
+    """Mean over the labels that are not negative; zero where there are none."""
+    valid = labels >= 0
+    log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
+    picked = torch.take_along_dim(log_probs, torch.where(valid, labels, 0)[..., None], dim=-1)[..., 0]
+    return -torch.where(valid, picked, 0.0).sum() / valid.sum().clip(1)
+
+
+def divergence(logits, targets):
+    """Kullback-Leibler divergence of softmax(logits) from targets, summed, over the batch size."""
+    log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
+    targets = targets.to(log_probs.dtype)
+    entropy = torch.where(targets > 0, targets * torch.log(torch.where(targets > 0, targets, 1.0)), 0.0)
+    return (entropy - targets * log_probs).sum() / targets.shape[0]
+
+
+def at_least_float32(x):
+    """`x`, in float32 if it is narrower."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def choose(asked: bool | None, default: bool) -> bool:
+    """What the call asks for, or the config's default."""
+    return default if asked is None else asked
+
+
+def as_tensor(x, device, floating, dtype):
+    """`x` as a tensor on `device`: features in the model's type, everything else as integers."""
+    if isinstance(x, np.ndarray):
+        x = torch.as_tensor(x)
+    return x.to(device=device, dtype=dtype if floating else torch.long)
+
+
+def look(x):
+    """The values as numpy, or None where reading them would wait for a device or fail."""
+    if type(x) is not torch.Tensor or x.device.type != "cpu":
+        return None
+    try:
+        return x.detach().numpy() if x.dtype != torch.bfloat16 else None
+    except RuntimeError:  # inside a function transform
+        return None
