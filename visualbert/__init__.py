@@ -29,7 +29,11 @@ _HOMES = {
     "HubError": "visualbert.errors",
     "MissingBackendError": "visualbert.errors",
 }
-_FRAMEWORKS = {"": ("visualbert.pt", "pt"), "TF": ("visualbert.tf", "tf"), "Flax": ("visualbert.flax", "flax")}
+_FRAMEWORKS = {
+    "": ("visualbert.pt", "pt"),
+    "TF": ("visualbert.tf", "tf"),
+    "Flax": ("visualbert.flax", "flax"),
+}
 for _prefix, (_module, _extra) in _FRAMEWORKS.items():
     _HOMES |= {f"{_prefix}VisualBert{_head}": _module for _head in _HEADS}
 

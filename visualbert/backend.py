@@ -1,8 +1,8 @@
 """What a framework has to offer to take part, and the registry that finds it.
 
-A backend is one package with an object that satisfies `Backend`. It is found by name: the three of this
-package below, others through the entry-point group `visualbert.backends`. A framework is imported only
-when its backend is asked for.
+A backend is one package with an object that satisfies `Backend`. It is found by name: the three of
+this package below, others through the entry-point group `visualbert.backends`. A framework is
+imported only when its backend is asked for.
 """
 
 import importlib
@@ -64,7 +64,9 @@ class Backend(Protocol):
         ...
 
     def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The gradient of `loss` by every parameter, keyed as `variables`; zeros where there is none."""
+        """The gradient of `loss` by every parameter, keyed as `variables`; zeros where there is
+        none.
+        """
         ...
 
     def save_native(self, model: Any, path: Path) -> None:
@@ -96,7 +98,9 @@ _REFERENCES = {
 
 
 def backend_names(installed: bool = False) -> list[str]:
-    """The registered backends, this package's first; only those whose framework is there if `installed`."""
+    """The registered backends, this package's first; only those whose framework is there if
+    `installed`.
+    """
     names = [n for n, h in _BACKENDS.items() if not installed or importlib.util.find_spec(h.needs)]
     return names + sorted(set(_third_parties()) - set(_BACKENDS))
 
@@ -113,7 +117,9 @@ def get_backend(name: str) -> Backend:
     if home is None:
         third = _third_parties()
         if name not in third:
-            raise UsageError(f"unknown backend {name!r}; expected one of {', '.join(backend_names())}")
+            raise UsageError(
+                f"unknown backend {name!r}; expected one of {', '.join(backend_names())}"
+            )
         return third[name].load()
     if importlib.util.find_spec(home.needs) is None:
         raise MissingBackendError(f"backend {name!r} needs {home.needs}: {home.install}")

@@ -1,8 +1,8 @@
 """VisualBertConfig: one description of a model for every framework.
 
 Field names, defaults and order are those of transformers' `VisualBertConfig`, with one exception:
-`pad_token_id` is 0, BERT's, when a file does not say otherwise. `from_dict` keeps the keys it does not
-know, so a config.json written by transformers comes back with nothing lost.
+`pad_token_id` is 0, BERT's, when a file does not say otherwise. `from_dict` keeps the keys it does
+not know, so a config.json written by transformers comes back with nothing lost.
 """
 
 import dataclasses
@@ -54,10 +54,10 @@ class VisualBertConfig:
         type_vocab_size: rows of the text and of the visual segment table.
         initializer_range: standard deviation of freshly drawn weights.
         layer_norm_eps: epsilon of every LayerNorm.
-        bypass_transformer: late fusion: the encoder reads text alone and one additional layer joins the
-            regions ("w/o early fusion" in section 4.5 of the paper).
-        special_visual_initialize: a fresh model's visual segment and position tables start as copies of
-            the text tables.
+        bypass_transformer: late fusion: the encoder reads text alone and one additional layer joins
+            the regions ("w/o early fusion" in section 4.5 of the paper).
+        special_visual_initialize: a fresh model's visual segment and position tables start as
+            copies of the text tables.
         tie_word_embeddings: always true; the decoder of the language-model head is the word table.
         num_labels: size of the classification head; taken from `id2label` when that is given.
         id2label: names of the labels, by index.
@@ -199,13 +199,18 @@ class VisualBertConfig:
                 raise ConfigError("id2label must name every label from 0 up, without a gap")
             if self.num_labels not in (None, len(names)):
                 raise ConfigError(
-                    f"num_labels={self.num_labels} contradicts id2label, which names {len(names)} labels"
+                    f"num_labels={self.num_labels} contradicts id2label, which names "
+                    f"{len(names)} labels"
                 )
             object.__setattr__(self, "id2label", dict(names))
             object.__setattr__(self, "num_labels", len(names))
         elif self.num_labels is None:
             object.__setattr__(self, "num_labels", 2)
-        elif self.num_labels != 2 and isinstance(self.num_labels, int) and 0 < self.num_labels < 2**24:
+        elif (
+            self.num_labels != 2
+            and isinstance(self.num_labels, int)
+            and 0 < self.num_labels < 2**24
+        ):
             object.__setattr__(self, "id2label", {i: f"LABEL_{i}" for i in range(self.num_labels)})
 
     def _check_values(self) -> None:
@@ -213,7 +218,9 @@ class VisualBertConfig:
             if not 1 <= getattr(self, name) <= _LARGEST:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie between 1 and {_LARGEST}")
         if not 0 <= self.num_hidden_layers <= 1000:
-            raise ConfigError(f"num_hidden_layers={self.num_hidden_layers} must lie between 0 and 1000")
+            raise ConfigError(
+                f"num_hidden_layers={self.num_hidden_layers} must lie between 0 and 1000"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must be a multiple of "
@@ -227,11 +234,13 @@ class VisualBertConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a positive number")
         for name, choices in (("hidden_act", ACTIVATIONS), ("attn_implementation", ATTENTIONS)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"
+                )
         if not self.tie_word_embeddings:
             raise ConfigError(
-                "tie_word_embeddings=False is not VisualBERT: the decoder of its language-model head is "
-                "the word table; set it to true"
+                "tie_word_embeddings=False is not VisualBERT: the decoder of its language-model head "
+                "is the word table; set it to true"
             )
 
 
@@ -246,7 +255,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: a JSON file of more than 64 MiB is not a configuration")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; a checkpoint folder needs a {path.name}") from None
+        raise ConfigError(
+            f"{path}: no such file; a checkpoint folder needs a {path.name}"
+        ) from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

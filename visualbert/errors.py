@@ -1,7 +1,7 @@
 """Every error that a user can cause, one class per cause.
 
-The command line catches `VisualBertError` alone, prints its text and exits with 2, so a message has to
-say by itself what is wrong, where, what was expected, what was found, and the way out.
+The command line catches `VisualBertError` alone, prints its text and exits with 2, so a message has
+to say by itself what is wrong, where, what was expected, what was found, and the way out.
 """
 
 

@@ -1,14 +1,14 @@
 """What models return: an ordered mapping with attribute access, the same type in every framework.
 
-Only keys that were computed are present, `loss` first. Each framework's package registers the type as a
-pytree, so that it survives `jax.jit`, `tf.function`, Keras `predict`, `torch.compile` and
+Only keys that were computed are present, `loss` first. Each framework's package registers the type
+as a pytree, so that it survives `jax.jit`, `tf.function`, Keras `predict`, `torch.compile` and
 `torch.export`.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-# In this order. Letters: B batch, T text, V regions, S = T + V, N heads, H hidden, L labels, W words.
+# In this order. B batch, T text, V regions, S = T + V, N heads, H hidden, L labels, W words.
 KEYS = (
     "loss",  # ()
     "prediction_logits",  # (B, S, W)
@@ -24,8 +24,8 @@ KEYS = (
 class ModelOutput(dict):
     """A dict whose values are also attributes and, in order, items of a tuple.
 
-    `outputs["logits"]`, `outputs.logits` and `outputs[0]` work. An attribute in `KEYS` that this call
-    did not compute is None; any other raises AttributeError.
+    `outputs["logits"]`, `outputs.logits` and `outputs[0]` work. An attribute in `KEYS` that this
+    call did not compute is None; any other raises AttributeError.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,6 +1,7 @@
 """from_pretrained and save_pretrained, written once for every framework.
 
-A load is always the same four steps: find the files, match them with the table, create the model, match
+A load is always the same four steps: find the files, match them with the table, create the model,
+    match
 it with the table too, and only then write. A failed load leaves nothing behind.
 """
 
@@ -53,8 +54,8 @@ class PreTrained:
             source: a folder with config.json and weights, or a Hub id such as
                 "uclanlp/visualbert-vqa".
             revision: branch, tag or commit on the Hub.
-            dtype: "float32", "float64", "float16" or "bfloat16", or the framework's own object for one
-                of them; the checkpoint's own when left out.
+            dtype: "float32", "float64", "float16" or "bfloat16", or the framework's own object for
+                one of them; the checkpoint's own when left out.
             new_head: draw the task head anew from `seed`, whatever the file holds for it.
             seed: of whatever is drawn anew.
             **changes: fields of `VisualBertConfig` to change, such as `num_labels` or
@@ -80,7 +81,8 @@ class PreTrained:
         seed: int = 0,
         **changes: Any,
     ) -> Self:
-        """A model that starts from a BERT (paper section 3.3); visual tables are copies of the text tables.
+        """A model that starts from a BERT (paper section 3.3); visual tables are copies of the text
+        tables.
 
         Args:
             source: a transformers BERT folder or Hub id.
@@ -92,9 +94,7 @@ class PreTrained:
         Raises:
             CheckpointError: the folder does not hold a BERT.
         """
-        checkpoint = open_bert(
-            source, cls.architecture, revision=revision, seed=seed, **changes
-        )
+        checkpoint = open_bert(source, cls.architecture, revision=revision, seed=seed, **changes)
         return load_model(get_backend(cls.framework), cls, checkpoint, dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -125,7 +125,9 @@ class Checkpoint:
 def open_checkpoint(
     source: str | os.PathLike, *, revision: str | None = None, **changes: Any
 ) -> Checkpoint:
-    """Find a VisualBERT checkpoint, list its tensors and parse its configuration; read no tensor."""
+    """Find a VisualBERT checkpoint, list its tensors and parse its configuration; read no
+    tensor.
+    """
     folder = find_folder(source, revision)
     config = VisualBertConfig.from_pretrained(folder, **changes)
     return Checkpoint(str(source), config, read_weights(folder, str(source)), folder)
@@ -139,7 +141,9 @@ def open_bert(
     seed: int = 0,
     **changes: Any,
 ) -> Checkpoint:
-    """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from it."""
+    """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from
+    it.
+    """
     folder = find_folder(source, revision)
     values = read_json_object(folder / CONFIG_FILE)
     if values.get("model_type", "bert") != "bert":
@@ -191,8 +195,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
         at = f" at revision {revision}" if revision else ""
         raise HubError(
-            f"{name}: no such folder here, and the Hub did not give it{at} ({reason}); check the name and "
-            "the connection, or pass a local folder"
+            f"{name}: no such folder here, and the Hub did not give it{at} ({reason}); check the "
+            "name and the connection, or pass a local folder"
         ) from error
 
 

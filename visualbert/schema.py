@@ -1,8 +1,9 @@
 """The one table of VisualBERT's parameters: canonical name, symbolic shape, kind.
 
 Names and layouts are those of transformers' PyTorch classes, so a canonical safetensors file is a
-transformers file. Everything that has to know a parameter (strict loading, layouts of the frameworks,
-initial values, error texts) is derived from this table; nothing is guessed from a name or a shape.
+transformers file. Everything that has to know a parameter (strict loading, layouts of the
+frameworks, initial values, error texts) is derived from this table; nothing is guessed from a name
+or a shape.
 """
 
 import enum
@@ -151,9 +152,7 @@ def _table(architecture: str, num_layers: int, late_fusion: bool) -> tuple[Param
         *_POOLER,
     ]
     prefix = "" if architecture == BODY else PREFIX
-    return tuple(
-        [Param(prefix + p.name, p.symbols, p.kind) for p in body] + HEADS[architecture]
-    )
+    return tuple([Param(prefix + p.name, p.symbols, p.kind) for p in body] + HEADS[architecture])
 
 
 def parameters(architecture: str, config: VisualBertConfig) -> tuple[Param, ...]:

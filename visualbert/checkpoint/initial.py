@@ -1,7 +1,7 @@
 """Initial values, drawn once in numpy so that every framework starts from the same tensors.
 
-BERT's scheme: normal with `initializer_range` for tables and weights, zero biases, unit LayerNorm. Each
-tensor has a generator of its own, seeded by its name, so a body is the same under every head.
+BERT's scheme: normal with `initializer_range` for tables and weights, zero biases, unit LayerNorm.
+Each tensor has a generator of its own, seeded by its name, so a body is the same under every head.
 """
 
 import zlib

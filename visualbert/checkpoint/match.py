@@ -1,8 +1,8 @@
 """The strict comparison of a table of parameters with what a file and a model hold.
 
-`match` compares both ways, collects every problem, and raises once, before anything is written. It never
-reshapes, transposes or guesses; what it forgives is data in `visualbert.schema` (ties, ignored names,
-older spellings) and the one deliberate step between a body and a body with a head.
+`match` compares both ways, collects every problem, and raises once, before anything is written. It
+never reshapes, transposes or guesses; what it forgives is data in `visualbert.schema` (ties,
+ignored names, older spellings) and the one deliberate step between a body and a body with a head.
 """
 
 from collections.abc import Iterable, Mapping
@@ -75,7 +75,9 @@ def match(
         *_mismatched(tensors, wanted, names, config),
     ]
     if problems:
-        raise CheckpointError(_report(tensors.label, architecture, backend, problems, names, wanted))
+        raise CheckpointError(
+            _report(tensors.label, architecture, backend, problems, names, wanted)
+        )
     return Match({name: names[name] for name in wanted}, fresh, ties, tuple(sorted(ignored)))
 
 
@@ -88,8 +90,8 @@ def check_ties(tensors: Tensors, found: Match) -> None:
     for repeated, original in found.ties.items():
         if not np.array_equal(tensors.read(repeated), tensors.read(original), equal_nan=True):
             raise CheckpointError(
-                f"{tensors.label!r}: {repeated} differs from {original}, but VisualBERT's decoder is tied "
-                "to its word table; untie neither, or drop the decoder from the file"
+                f"{tensors.label!r}: {repeated} differs from {original}, but VisualBERT's "
+                "decoder is tied to its word table; untie neither, or drop the decoder from the file"
             )
 
 
@@ -101,7 +103,8 @@ def _canonical(names: Iterable[str], architecture: str) -> dict[str, str]:
         return {name.removeprefix(PREFIX): original for name, original in renamed.items()}
     if headless:
         return {
-            name if owner_of(name) else PREFIX + name: original for name, original in renamed.items()
+            name if owner_of(name) else PREFIX + name: original
+            for name, original in renamed.items()
         }
     return renamed
 
@@ -156,7 +159,10 @@ def _grouped(names: Iterable[str], shown: int = 1) -> list[str]:
 
 
 def _mismatched(
-    tensors: Tensors, wanted: Mapping[str, Param], names: Mapping[str, str], config: VisualBertConfig
+    tensors: Tensors,
+    wanted: Mapping[str, Param],
+    names: Mapping[str, str],
+    config: VisualBertConfig,
 ) -> list[tuple[str, str]]:
     problems = []
     blamed: dict[str, int] = {}
@@ -170,7 +176,10 @@ def _mismatched(
                 continue  # one wrong field is one problem, however many tensors show it
             blamed[field_] = found
             problems.append(
-                ("mismatched", f"{name}: file {spec.shape}, config {shape}{_blame(field_, config, found)}")
+                (
+                    "mismatched",
+                    f"{name}: file {spec.shape}, config {shape}{_blame(field_, config, found)}",
+                )
             )
         elif spec.dtype not in DTYPES:
             problems.append(

@@ -1,8 +1,8 @@
 """Weight files as `Tensors`: safetensors, one file or sharded, and `pytorch_model.bin`.
 
 Nothing here runs code from a file. safetensors headers are checked by the safetensors library; the
-tensors are mapped, not read, and each mapping lasts as long as its array. Pickles go through torch's
-restricted unpickler and nothing else.
+tensors are mapped, not read, and each mapping lasts as long as its array. Pickles go through
+torch's restricted unpickler and nothing else.
 """
 
 import json
@@ -55,7 +55,9 @@ class SafetensorsFiles:
                 if name in self.specs:
                     raise CheckpointError(f"{path}: {name} is in another shard already")
                 if entry["dtype"] not in _DTYPES:
-                    raise CheckpointError(f"{path}: {name} has the unsupported type {entry['dtype']}")
+                    raise CheckpointError(
+                        f"{path}: {name} has the unsupported type {entry['dtype']}"
+                    )
                 self.specs[name] = Spec(tuple(entry["shape"]), _DTYPES[entry["dtype"]].name)
                 self._places[name] = (path, start + entry["data_offsets"][0])
 
@@ -83,8 +85,8 @@ class SafetensorsFiles:
                 value = zlib.crc32(block, value)
         if f"{value:08x}" != self.metadata[CHECKSUM]:
             raise CheckpointError(
-                f"{self.paths[0]}: the data has changed since it was written (CRC-32 {value:08x}, recorded "
-                f"{self.metadata[CHECKSUM]}); fetch or convert the checkpoint again"
+                f"{self.paths[0]}: the data has changed since it was written (CRC-32 "
+                f"{value:08x}, recorded {self.metadata[CHECKSUM]}); fetch or convert the checkpoint again"
             )
         return True
 
@@ -103,13 +105,17 @@ def _header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); fetch or write it again"
         ) from None
-    return 8 + size, {k: v for k, v in entries.items() if k != "__metadata__"}, entries.get(
-        "__metadata__", {}
+    return (
+        8 + size,
+        {k: v for k, v in entries.items() if k != "__metadata__"},
+        entries.get("__metadata__", {}),
     )
 
 
 class TorchFiles:
-    """`Tensors` over one or more torch files, read with `weights_only=True` and mapped where possible."""
+    """`Tensors` over one or more torch files, read with `weights_only=True` and mapped where
+    possible.
+    """
 
     def __init__(self, label: str, paths: list[Path]) -> None:
         self.label = label
@@ -142,18 +148,16 @@ def _torch_state(path: Path) -> Mapping[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             break
         except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")
-            named = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
+            reasons = str(error).splitlines()
+            named = next((r for r in reasons if "GLOBAL" in r or "Unsupported" in r), reasons[0])
             raise CheckpointError(
                 f"{path}: refused, because it is not weights alone: {named.strip()} "
                 "(such a file can run code when it is loaded)"
             ) from None
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError,
-                IndexError, AssertionError, OverflowError, ImportError, UnicodeError) as error:
+        except Exception as error:  # torch raises whatever a broken file makes it trip over
             if not mapped or isinstance(error, FileNotFoundError):
-                raise CheckpointError(
-                    f"{path}: not a whole PyTorch file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                ) from None
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise CheckpointError(f"{path}: not a whole PyTorch file ({reason})") from None
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
@@ -174,7 +178,8 @@ def find_weights(folder: Path) -> list[Path]:
         if index.is_file():
             return _shards(index)
     raise CheckpointError(
-        f"{folder}: no weights found; looked for {SAFETENSORS}, {SAFETENSORS}{INDEX}, {TORCH}, {TORCH}{INDEX}"
+        f"{folder}: no weights found; looked for {SAFETENSORS} and {TORCH}, and for an {INDEX[1:]} of "
+        "either"
     )
 
 

@@ -1,7 +1,7 @@
 """A `Tensors` is anything that holds named arrays in the canonical layout and can list them unread.
 
-Weight files, a model in memory, freshly drawn values and a BERT being turned into a VisualBERT are all
-`Tensors`; loading, saving and converting only ever see this protocol.
+Weight files, a model in memory, freshly drawn values and a BERT being turned into a VisualBERT are
+all `Tensors`; loading, saving and converting only ever see this protocol.
 """
 
 from collections.abc import Mapping

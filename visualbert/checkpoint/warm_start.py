@@ -1,8 +1,8 @@
 """A VisualBERT that starts from a BERT, as the paper's models did (section 3.3).
 
-Text tables, encoder, pooler and, where there is one, the language-model head are the BERT's; the visual
-segment and position tables are copies of the text tables; the visual projection and whatever the BERT
-lacks are drawn anew. `derived` and `fresh` list what did not come out of the file.
+Text tables, encoder, pooler and, where there is one, the language-model head are the BERT's; the
+visual segment and position tables are copies of the text tables; the visual projection and whatever
+the BERT lacks are drawn anew. `derived` and `fresh` list what did not come out of the file.
 """
 
 from typing import Any
@@ -38,7 +38,8 @@ def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig
     """The VisualBERT config of the same size as the BERT whose config.json holds `values`.
 
     Raises:
-        ConfigError: this BERT is built differently (relative positions, a decoder, cross-attention).
+        ConfigError: this BERT is built differently (relative positions, a decoder,
+            cross-attention).
     """
     unlike = [
         f"{key}={values[key]!r}"
@@ -56,7 +57,9 @@ def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig
 
 
 class WarmStart:
-    """`Tensors` of `architecture` under `config`, taken from the `bert` tensors or derived from them."""
+    """`Tensors` of `architecture` under `config`, taken from the `bert` tensors or derived from
+    them.
+    """
 
     def __init__(
         self, bert: Tensors, architecture: str, config: VisualBertConfig, seed: int = 0
@@ -79,7 +82,9 @@ class WarmStart:
         used = {*self._taken.values(), *self._copied.values()}
         ignorable = {name for s, name in found.items() if s in IGNORED or s.startswith("cls.")}
         self.ignored = tuple(sorted(set(bert.specs) - used))
-        missing = [s for n, s in short.items() if n in self.fresh and s.startswith("encoder.layer.")]
+        missing = [
+            s for n, s in short.items() if n in self.fresh and s.startswith("encoder.layer.")
+        ]
         if missing or "embeddings.word_embeddings.weight" not in found:
             raise CheckpointError(
                 f"{bert.label!r} is not a BERT of {config.num_hidden_layers} layers: it lacks "

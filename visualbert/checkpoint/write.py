@@ -1,7 +1,7 @@
 """Writing checkpoints so that a crash or a full disk leaves what was there before.
 
-Every file is written beside its target, flushed to the disk, and only when all of them are whole are
-they renamed into place.
+Every file is written beside its target, flushed to the disk, and only when all of them are whole
+are they renamed into place.
 """
 
 import os
@@ -52,7 +52,9 @@ def replace_files(
         if made:
             shutil.rmtree(folder, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"cannot write {folder}: {reason}; nothing there was changed") from error
+        raise CheckpointError(
+            f"cannot write {folder}: {reason}; nothing there was changed"
+        ) from error
     except BaseException:
         if made:
             shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,6 @@ A aligned positions  E phrases  L labels  W words
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,7 +43,9 @@ class Linear(nnx.Linear):
     """`x @ kernel + bias`; the values come from a checkpoint or from `PreTrained.initialise`."""
 
     def __init__(self, in_features: int, out_features: int, **kw: Any) -> None:
-        super().__init__(in_features, out_features, kernel_init=unwritten, bias_init=unwritten, **kw)
+        super().__init__(
+            in_features, out_features, kernel_init=unwritten, bias_init=unwritten, **kw
+        )
 
 
 class Embedding(nnx.Embed):
@@ -74,11 +75,15 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size, **kw)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size, **kw)
+        self.position_embeddings = Embedding(
+            config.max_position_embeddings, config.hidden_size, **kw
+        )
         self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size, **kw)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
-        self.visual_token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size, **kw)
+        self.visual_token_type_embeddings = Embedding(
+            config.type_vocab_size, config.hidden_size, **kw
+        )
         self.visual_position_embeddings = Embedding(
             config.max_position_embeddings, config.hidden_size, **kw
         )
@@ -98,7 +103,7 @@ class Embeddings(nnx.Module):
             inputs_embeds = self.word_embeddings(input_ids)  # B T H
         text_length = inputs_embeds.shape[1]
         if position_ids is None:
-            position_ids = jnp.arange(text_length, device=inputs_embeds.device)[None]  # 1 T
+            position_ids = jnp.arange(text_length)[None]  # 1 T
         if token_type_ids is None:
             token_type_ids = jnp.zeros_like(position_ids)
         embeddings = (
@@ -113,7 +118,7 @@ class Embeddings(nnx.Module):
 
     def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
         """Projection + segment + position; every region has position 0 of the visual table."""
-        first = jnp.zeros_like(visual_embeds[:, :, 0], dtype=jnp.long)  # B V
+        first = jnp.zeros_like(visual_embeds[:, :, 0], dtype=jnp.int32)  # B V
         if visual_token_type_ids is None:
             visual_token_type_ids = first + 1
         embeddings = (
@@ -130,7 +135,7 @@ class Embeddings(nnx.Module):
         """Mean of the text positions that a region is aligned with; zero where there is none."""
         valid = image_text_alignment >= 0  # B V A
         positions = self.position_embeddings(jnp.where(valid, image_text_alignment, 0))
-        valid = valid[..., None].to(positions.dtype)  # B V A 1
+        valid = valid[..., None].astype(positions.dtype)  # B V A 1
         return (positions * valid).sum(2) / valid.sum(2).clip(1)  # B V H
 
 
@@ -149,7 +154,10 @@ class SelfAttention(nnx.Module):
         query = self.split_heads(self.query(hidden_states))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
-        if self.fused and not output_attentions:
+        # The fused form has no dropout, and rounds its softmax to float32.
+        dropping = self.dropout.rate > 0 and not self.dropout.deterministic
+        plain = output_attentions or dropping or query.dtype == jnp.float64
+        if self.fused and not plain:
             context, probs = self.fused_attention(query, key, value, mask), None
         else:
             context, probs = self.plain_attention(query, key, value, mask)
@@ -159,20 +167,18 @@ class SelfAttention(nnx.Module):
         return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
 
     def fused_attention(self, query, key, value, mask):
-        context = scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=None if mask is None else mask_bias(mask, query.dtype),
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
-        return context.transpose(1, 2)  # B S N D
+        return dot_product_attention(
+            query,
+            key,
+            value,
+            bias=None if mask is None else mask_bias(mask, query.dtype),
+        )  # B S N D
 
     def plain_attention(self, query, key, value, mask):
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
         if mask is not None:
             scores = scores + mask_bias(mask, scores.dtype)
-        probs = jnp.softmax(scores, axis=-1)
+        probs = jax.nn.softmax(scores, axis=-1)
         return jnp.einsum("bnqk,bknd->bqnd", self.dropout(probs), value), probs
 
 
@@ -196,7 +202,7 @@ class Attention(nnx.Module):
         self.output = SelfOutput(config, **kw)
 
     def __call__(self, hidden_states, mask=None, output_attentions=False):
-        context, probs = self.self(hidden_states, mask, output_attentions)
+        context, probs = self.self(hidden_states, mask, output_attentions=output_attentions)
         return self.output(context, hidden_states), probs
 
 
@@ -232,7 +238,9 @@ class Layer(nnx.Module):
         self.output = Output(config, **kw)
 
     def __call__(self, hidden_states, mask=None, output_attentions=False):
-        hidden_states, probs = self.attention(hidden_states, mask, output_attentions)
+        hidden_states, probs = self.attention(
+            hidden_states, mask, output_attentions=output_attentions
+        )
         return self.output(self.intermediate(hidden_states), hidden_states), probs
 
 
@@ -240,7 +248,7 @@ class Encoder(nnx.Module):
     """The stack of layers."""
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
-        self.layer = nnx.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.layer = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
 
     def __call__(self, hidden_states, mask=None, output_attentions=False):
@@ -253,9 +261,12 @@ class Encoder(nnx.Module):
 
     def run(self, layer, hidden_states, mask, output_attentions):
         """One layer, whose activations are computed again in the backward pass if so asked."""
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, hidden_states, mask, output_attentions, use_reentrant=False)
-        return layer(hidden_states, mask, output_attentions)
+        if self.gradient_checkpointing:
+            again = nnx.remat(
+                lambda layer, x, mask: layer(x, mask, output_attentions=output_attentions)
+            )
+            return again(layer, hidden_states, mask)
+        return layer(hidden_states, mask, output_attentions=output_attentions)
 
 
 class Pooler(nnx.Module):
@@ -285,10 +296,12 @@ class LMPredictionHead(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.transform = PredictionHeadTransform(config, **kw)
-        self.bias = nn.Parameter(jnp.empty(config.vocab_size))
+        self.bias = nnx.Param(unwritten(None, (config.vocab_size,), kw["param_dtype"]))
 
     def __call__(self, hidden_states, word_table):
-        return self.transform(hidden_states) @ word_table.T + self.bias  # B S W
+        hidden_states = self.transform(hidden_states)
+        dtype = hidden_states.dtype
+        return hidden_states @ word_table.T.astype(dtype) + self.bias.astype(dtype)  # B S W
 
 
 class PreTrainingHeads(nnx.Module):
@@ -323,40 +336,30 @@ class PreTrainedModel(PreTrained, nnx.Module):
 
     framework = "flax"
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Keep one activation per layer in training and compute the others again (transformers' name)."""
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = True
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep one activation per layer for the backward pass and compute the others again."""
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = False
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
 
     def get_input_embeddings(self) -> nnx.Module:
         """The word table."""
         return getattr(self, "visual_bert", self).embeddings.word_embeddings
 
     @property
-    def device(self) -> jnp.device:
-        """Where the parameters are."""
-        return self.get_input_embeddings().weight.device
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The type of the parameters."""
-        return self.get_input_embeddings().weight.dtype
+    def dtype(self) -> Any:
+        """The type that the model computes in."""
+        return self.get_input_embeddings().dtype
 
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
-        """Inputs as tensors on the model's device, refused where they do not fit (`inputs.contract`)."""
+        """Inputs as arrays, refused where they do not fit (`inputs.contract`)."""
         inputs = {
-            name: None if x is None else as_tensor(x, self.device, is_floating(where, name), self.dtype)
+            name: None if x is None else as_tensor(x, is_floating(where, name), self.dtype)
             for name, x in inputs.items()
         }
-        if not jnp.compiler.is_compiling():
-            check_inputs(self.config, where, look, inputs, sizes)
+        check_inputs(self.config, where, look, inputs, sizes)
         return inputs
 
 
@@ -366,11 +369,15 @@ class FlaxVisualBertModel(PreTrainedModel):
     Args:
         config: the architecture.
         seed: of the initial values; None leaves the memory unwritten.
+        rngs: dropout streams (`nnx.Rngs`).
+        dtype: type of the computation; `param_dtype` when left out.
+        param_dtype: type of the parameters, float32 when left out.
     """
 
     architecture = "VisualBertModel"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.embeddings = Embeddings(config, **kw)
         self.encoder = Encoder(config, **kw)
@@ -397,26 +404,26 @@ class FlaxVisualBertModel(PreTrainedModel):
 
         Args:
             input_ids: (B, T) word-piece ids.
-            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand on
-                either side.
+            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand
+                on either side.
             token_type_ids: (B, T) text segments; zeros when left out.
             position_ids: (B, T) rows of the position table; 0 … T-1 when left out.
             inputs_embeds: (B, T, H) instead of `input_ids`.
             visual_embeds: (B, V, F) region features of the detector that the checkpoint was trained
                 with; text alone when left out.
             visual_attention_mask: (B, V), 1 where there is a region; ones when left out.
-            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers. The
-                published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for the
-                second).
+            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers.
+                The published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for
+                the second).
             image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
 
         Returns:
-            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states` and
-            `attentions`. With `bypass_transformer` the encoder's entries cover the text and the last
-            entry, the additional layer's, covers text and regions.
+            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
+            and `attentions`. With `bypass_transformer` the encoder's entries cover the text and the
+            last entry, the additional layer's, covers text and regions.
 
         Raises:
             InputError: shapes or values that do not fit.
@@ -447,12 +454,16 @@ class FlaxVisualBertModel(PreTrainedModel):
         if self.config.bypass_transformer and visual_embeds is not None:
             text_keys = None if mask is None else mask[..., :text_length]
             text_embeddings = embeddings[:, :text_length]
-            hidden_states, attentions = self.encoder(text_embeddings, text_keys, output_attentions)
+            hidden_states, attentions = self.encoder(
+                text_embeddings, text_keys, output_attentions=output_attentions
+            )
             joint = jnp.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, mask, output_attentions)
+            last, probs = self.additional_layer(joint, mask, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
-            hidden_states, attentions = self.encoder(embeddings, mask, output_attentions)
+            hidden_states, attentions = self.encoder(
+                embeddings, mask, output_attentions=output_attentions
+            )
         return model_output(
             last_hidden_state=hidden_states[-1],
             pooler_output=self.pooler(hidden_states[-1]),
@@ -467,6 +478,7 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
     architecture = "VisualBertForPreTraining"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.cls = PreTrainingHeads(config, **kw)
@@ -488,16 +500,17 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
         labels: Array | None = None,
         sentence_image_labels: Array | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in `VisualBertModel`.
+        """Run the model and, with labels, its pretraining losses; other inputs as in
+        `VisualBertModel`.
 
         Args:
             labels: (B, T) or (B, T+V) word-piece ids to be predicted; -100 and -1 are ignored.
-            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random (the
-                original's polarity; transformers documents the opposite).
+            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random
+                (the original's polarity; transformers documents the opposite).
 
         Returns:
-            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of the
-            losses whose labels were given.
+            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of
+            the losses whose labels were given.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -509,15 +522,15 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
         text = input_ids if inputs_embeds is None else inputs_embeds
         sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
         labels, match = self.edge(self.architecture, labels_in, **sizes).values()
-        word_table = self.visual_bert.embeddings.word_embeddings.weight
+        word_table = self.visual_bert.embeddings.word_embeddings.embedding
         prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
         losses = []
         if labels is not None:
@@ -539,6 +552,7 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
     architecture = "VisualBertForMultipleChoice"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
@@ -572,7 +586,8 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
         batch, choices = text.shape[:2]
         inputs = flatten_choices(
             (batch, choices),
-            lambda x: jnp.as_tensor(x)[:, None].expand(x.shape[0], choices, *x.shape[1:]),
+            lambda x: jnp.repeat(x[:, None], choices, axis=1),
+            lambda x: x.reshape(-1, *x.shape[2:]),
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -604,6 +619,7 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
     architecture = "VisualBertForQuestionAnswering"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
@@ -625,14 +641,15 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         output_hidden_states: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK] [SEP]`.
+        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
+        [SEP]`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
 
         Returns:
-            `logits` (B, L), raw with or without labels, and `loss` with labels: the Kullback-Leibler
-            divergence summed over answers, averaged over the batch.
+            `logits` (B, L), raw with or without labels, and `loss` with labels: the
+            Kullback-Leibler divergence summed over answers, averaged over the batch.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -644,14 +661,16 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, text.shape[1])
-        answer = sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        answer = (
+            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        )
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
@@ -661,15 +680,16 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         )
 
     def answer_position(self, attention_mask, text_length):
-        """Index of the second-last real token, (B, 1), found from the mask, so padding may be left."""
+        """Index of the second-last real token, (B, 1), found from the mask, so padding may be
+        left.
+        """
         if attention_mask is None:
             check_answer_position(text_length, None)
             return text_length - 2
-        mask = as_tensor(attention_mask, self.device, False, self.dtype)  # B T
-        if not jnp.compiler.is_compiling():
-            check_answer_position(text_length, look(mask))
+        mask = as_tensor(attention_mask, False, self.dtype)  # B T
+        check_answer_position(text_length, look(mask))
         counts = mask.cumsum(1)
-        return (counts == counts[:, -1:] - 1).long().argmax(1)[:, None]
+        return (counts == counts[:, -1:] - 1).argmax(1)[:, None]
 
 
 class FlaxVisualBertForVisualReasoning(PreTrainedModel):
@@ -678,6 +698,7 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
     architecture = "VisualBertForVisualReasoning"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
@@ -717,8 +738,8 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         batch = outputs.pooler_output.shape[0]
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
@@ -740,6 +761,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
     architecture = "VisualBertForRegionToPhraseAlignment"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
+        kw = module_options(**kw)
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
@@ -766,13 +788,14 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         """Score every region for every phrase; other inputs as in `VisualBertModel`.
 
         Args:
-            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in the
-                original; -1 = padding, whose scores mean nothing.
+            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
+                the original; -1 = padding, whose scores mean nothing.
             labels: (B, E, V) target distribution over regions, zeros where a phrase has none.
 
         Returns:
-            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels: the
-            Kullback-Leibler divergence summed over phrases and regions, averaged over the batch.
+            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels:
+            the Kullback-Leibler divergence summed over phrases and regions, averaged over the
+            batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
         require(self.architecture, visual_embeds=visual_embeds)
@@ -786,8 +809,8 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
@@ -801,7 +824,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         phrases = gather(sequence, jnp.where(positions >= 0, positions, 0))  # B E H
         mask = visual_attention_mask
         if mask is not None:
-            mask = as_tensor(mask, self.device, False, self.dtype) != 0
+            mask = as_tensor(mask, False, self.dtype) != 0
         logits = self.attention(phrases, regions, mask)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
@@ -816,7 +839,7 @@ def mask_bias(mask, dtype):
 
     A row with nothing visible gives the mean of all values, as transformers' plain attention does.
     """
-    return jnp.where(mask, 0.0, jnp.finfo(dtype).min / 2).to(dtype)
+    return jnp.where(mask, jnp.zeros((), dtype), jnp.finfo(dtype).min / 2)
 
 
 def joint_mask(text_mask, visual_mask, embeddings, text_length):
@@ -831,28 +854,28 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
 
 def gather(hidden_states, positions):
     """(B, E, H): the hidden states at (B, E) positions."""
-    return jnp.take_along_dim(hidden_states, positions[..., None], axis=1)
+    return jnp.take_along_axis(hidden_states, positions[..., None], axis=1)
 
 
 def cross_entropy(logits, labels):
     """Mean over the labels that are not negative; zero where there are none."""
     valid = labels >= 0
-    log_probs = jnp.log_softmax(at_least_float32(logits), axis=-1)
-    picked = jnp.take_along_dim(log_probs, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
+    log_probs = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
     return -jnp.where(valid, picked, 0.0).sum() / valid.sum().clip(1)
 
 
 def divergence(logits, targets):
     """Kullback-Leibler divergence of softmax(logits) from targets, summed, over the batch size."""
-    log_probs = jnp.log_softmax(at_least_float32(logits), axis=-1)
-    targets = targets.to(log_probs.dtype)
+    log_probs = jax.nn.log_softmax(at_least_float32(logits), axis=-1)
+    targets = targets.astype(log_probs.dtype)
     entropy = jnp.where(targets > 0, targets * jnp.log(jnp.where(targets > 0, targets, 1.0)), 0.0)
     return (entropy - targets * log_probs).sum() / targets.shape[0]
 
 
 def at_least_float32(x):
     """`x`, in float32 if it is narrower."""
-    return x.to(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def choose(asked: bool | None, default: bool) -> bool:
@@ -860,18 +883,29 @@ def choose(asked: bool | None, default: bool) -> bool:
     return default if asked is None else asked
 
 
-def as_tensor(x, device, floating, dtype):
-    """`x` as a tensor on `device`: features in the model's type, everything else as integers."""
-    if isinstance(x, np.ndarray):
-        x = jnp.as_tensor(x)
-    return x.to(device=device, dtype=dtype if floating else jnp.long)
+def as_tensor(x, floating, dtype):
+    """`x` as an array: features in the model's type, everything else as integers."""
+    return jnp.asarray(x, dtype if floating else jnp.int32)
 
 
 def look(x):
-    """The values as numpy, or None where reading them would wait for a device or fail."""
-    if type(x) is not jnp.Tensor or x.device.type != "cpu":
+    """The values as numpy, or None where reading them would wait for a device or is impossible."""
+    if isinstance(x, jax.core.Tracer) or any(d.platform != "cpu" for d in x.devices()):
         return None
-    try:
-        return x.detach().numpy() if x.dtype != jnp.bfloat16 else None
-    except RuntimeError:  # inside a function transform
-        return None
+    return np.asarray(x)
+
+
+def unwritten(key, shape, dtype, out_sharding=None):
+    """A parameter's shape without memory: the values are about to be written."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def module_options(rngs=None, dtype=None, param_dtype=jnp.float32):
+    """What every submodule is made with: the dropout streams, and the types of compute and
+    storage.
+    """
+    return {
+        "rngs": nnx.Rngs(0) if rngs is None else rngs,
+        "dtype": jnp.dtype(param_dtype if dtype is None else dtype),
+        "param_dtype": jnp.dtype(param_dtype),
+    }

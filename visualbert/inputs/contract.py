@@ -1,7 +1,7 @@
 """What a model takes: every input's axes and values, as one table, and the check derived from it.
 
-Shapes are checked on every call that is not being compiled; values only where they can be seen without
-waiting for a device. All frameworks raise the same sentences.
+Shapes are checked on every call that is not being compiled; values only where they can be seen
+without waiting for a device. All frameworks raise the same sentences.
 """
 
 from collections.abc import Callable, Mapping
@@ -123,13 +123,17 @@ def require(where: str, *one_of: Any, **named: Any) -> Any:
 
 
 def flatten_choices(
-    sizes: tuple[int, int], repeat: Callable[[Any], Any], **inputs: Any
+    sizes: tuple[int | None, int],
+    repeat: Callable[[Any], Any],
+    merge: Callable[[Any], Any],
+    **inputs: Any,
 ) -> dict[str, Any]:
     """Inputs of a multiple choice as (B·C, …).
 
     Args:
         sizes: B and C.
         repeat: gives a (B, …) array a choice axis.
+        merge: makes one axis of the first two.
         **inputs: arrays of (B, C, …), or None. Those of regions may lack the choice axis.
 
     Raises:
@@ -144,12 +148,15 @@ def flatten_choices(
         axes = BODY_INPUTS[name].axes.split("|")[0].split()
         if len(x.shape) == len(axes) and "V" in axes[1]:
             x = repeat(x)
-        if len(x.shape) != len(axes) + 1 or tuple(x.shape[:2]) != (batch, choices):
+        agrees = len(x.shape) == len(axes) + 1 and all(
+            None in (size, want) or size == want for size, want in zip(x.shape, sizes, strict=False)
+        )
+        if not agrees:
             raise InputError(
                 f"{name} has shape {_shown(tuple(x.shape))}, expected "
                 f"{_spelled(['B', 'C', *axes[1:]])} with batch = {batch} and choices = {choices}"
             )
-        flat[name] = x.reshape((-1, *x.shape[2:]))
+        flat[name] = merge(x)
     return flat
 
 
@@ -160,7 +167,9 @@ def check_answer_position(text_length: int | None, mask: np.ndarray | None) -> N
         InputError: a text of fewer than two real tokens.
     """
     if text_length is not None and text_length < 2:
-        raise InputError("VisualBertForQuestionAnswering reads the second-last token: one is too few")
+        raise InputError(
+            "VisualBertForQuestionAnswering reads the second-last token: one is too few"
+        )
     if mask is not None and mask.size and mask.sum(1).min() < 2:
         row = int(mask.sum(1).argmin())
         raise InputError(
@@ -183,7 +192,12 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
     text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     shape = tuple(text.shape)
     longest = config.max_position_embeddings
-    if len(shape) > 1 and shape[1] is not None and inputs.get("position_ids") is None and shape[1] > longest:
+    if (
+        len(shape) > 1
+        and shape[1] is not None
+        and inputs.get("position_ids") is None
+        and shape[1] > longest
+    ):
         raise InputError(
             f"{shape[1]} tokens of text are too many: the position table has {longest} rows "
             "(max_position_embeddings); truncate the text"
@@ -191,7 +205,10 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
 
 
 def _check_shape(
-    name: str, expected: Input, shape: tuple[int | None, ...], sizes: dict[str, tuple[int | None, str]]
+    name: str,
+    expected: Input,
+    shape: tuple[int | None, ...],
+    sizes: dict[str, tuple[int | None, str]],
 ) -> None:
     alternatives = [option.split() for option in expected.axes.split("|")]
     same_rank = [axes for axes in alternatives if len(axes) == len(shape)]
@@ -214,7 +231,9 @@ def _first_wrong(
     axes: list[str], shape: tuple[int | None, ...], sizes: Mapping[str, tuple[int | None, str]]
 ) -> tuple[str, int, int, str] | None:
     for axis, size in zip(axes, shape, strict=True):
-        want, source = (int(axis), "") if axis.isdigit() else sizes.get(axis.rstrip("+"), (None, ""))
+        want, source = (
+            (int(axis), "") if axis.isdigit() else sizes.get(axis.rstrip("+"), (None, ""))
+        )
         if size is None or want is None:
             continue
         if size != want and not (axis.endswith("+") and size > want):
@@ -233,8 +252,8 @@ def _axis_error(
 ) -> str:
     if axis == "F":
         return (
-            f"{name}: the features are {size} wide, the model reads visual_embedding_dim={want}; use "
-            "features of the detector that the checkpoint was trained with, or a model of that width"
+            f"{name}: the features are {size} wide, the model reads visual_embedding_dim={want}; "
+            "use features of the detector that the checkpoint was trained with, or a model of that width"
         )
     reason = f" as in {source}" if source else f" ({AXES[axis]})" if axis in AXES else ""
     return (
@@ -265,7 +284,9 @@ def _check_values(
         return
     at = tuple(int(i) for i in np.argwhere(bad)[0])
     also = f", or {' or '.join(map(str, expected.ignored))}" if expected.ignored else ""
-    top = f" and below {limit}" + (f" ({high})" if isinstance(high, str) and high not in AXES else "")
+    top = f" and below {limit}" + (
+        f" ({high})" if isinstance(high, str) and high not in AXES else ""
+    )
     raise InputError(
         f"{name}{list(at)} is {values[at]}, expected at least {expected.low}"
         f"{top if limit is not None else ''}{also}"

@@ -191,7 +191,7 @@ class Attention(nn.Module):
         self.output = SelfOutput(config)
 
     def forward(self, hidden_states, mask=None, output_attentions=False):
-        context, probs = self.self(hidden_states, mask, output_attentions)
+        context, probs = self.self(hidden_states, mask, output_attentions=output_attentions)
         return self.output(context, hidden_states), probs
 
 
@@ -230,7 +230,9 @@ class Layer(nn.Module):
         self.output = Output(config)
 
     def forward(self, hidden_states, mask=None, output_attentions=False):
-        hidden_states, probs = self.attention(hidden_states, mask, output_attentions)
+        hidden_states, probs = self.attention(
+            hidden_states, mask, output_attentions=output_attentions
+        )
         return self.output(self.intermediate(hidden_states), hidden_states), probs
 
 
@@ -253,8 +255,14 @@ class Encoder(nn.Module):
     def run(self, layer, hidden_states, mask, output_attentions):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, hidden_states, mask, output_attentions, use_reentrant=False)
-        return layer(hidden_states, mask, output_attentions)
+            return checkpoint(
+                layer,
+                hidden_states,
+                mask,
+                output_attentions=output_attentions,
+                use_reentrant=False,
+            )
+        return layer(hidden_states, mask, output_attentions=output_attentions)
 
 
 class Pooler(nn.Module):
@@ -328,7 +336,9 @@ class PreTrainedModel(PreTrained, nn.Module):
     framework = "pt"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Keep one activation per layer in training and compute the others again (transformers' name)."""
+        """Keep one activation per layer in training and compute the others again (transformers'
+        name).
+        """
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.gradient_checkpointing = True
@@ -354,9 +364,13 @@ class PreTrainedModel(PreTrained, nn.Module):
         return self.get_input_embeddings().weight.dtype
 
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
-        """Inputs as tensors on the model's device, refused where they do not fit (`inputs.contract`)."""
+        """Inputs as tensors on the model's device, refused where they do not fit
+        (`inputs.contract`).
+        """
         inputs = {
-            name: None if x is None else as_tensor(x, self.device, is_floating(where, name), self.dtype)
+            name: None
+            if x is None
+            else as_tensor(x, self.device, is_floating(where, name), self.dtype)
             for name, x in inputs.items()
         }
         if not torch.compiler.is_compiling():
@@ -402,26 +416,26 @@ class VisualBertModel(PreTrainedModel):
 
         Args:
             input_ids: (B, T) word-piece ids.
-            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand on
-                either side.
+            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand
+                on either side.
             token_type_ids: (B, T) text segments; zeros when left out.
             position_ids: (B, T) rows of the position table; 0 … T-1 when left out.
             inputs_embeds: (B, T, H) instead of `input_ids`.
             visual_embeds: (B, V, F) region features of the detector that the checkpoint was trained
                 with; text alone when left out.
             visual_attention_mask: (B, V), 1 where there is a region; ones when left out.
-            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers. The
-                published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for the
-                second).
+            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers.
+                The published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for
+                the second).
             image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
 
         Returns:
-            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states` and
-            `attentions`. With `bypass_transformer` the encoder's entries cover the text and the last
-            entry, the additional layer's, covers text and regions.
+            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
+            and `attentions`. With `bypass_transformer` the encoder's entries cover the text and the
+            last entry, the additional layer's, covers text and regions.
 
         Raises:
             InputError: shapes or values that do not fit.
@@ -452,12 +466,16 @@ class VisualBertModel(PreTrainedModel):
         if self.config.bypass_transformer and visual_embeds is not None:
             text_keys = None if mask is None else mask[..., :text_length]
             text_embeddings = embeddings[:, :text_length]
-            hidden_states, attentions = self.encoder(text_embeddings, text_keys, output_attentions)
+            hidden_states, attentions = self.encoder(
+                text_embeddings, text_keys, output_attentions=output_attentions
+            )
             joint = torch.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, mask, output_attentions)
+            last, probs = self.additional_layer(joint, mask, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
-            hidden_states, attentions = self.encoder(embeddings, mask, output_attentions)
+            hidden_states, attentions = self.encoder(
+                embeddings, mask, output_attentions=output_attentions
+            )
         return model_output(
             last_hidden_state=hidden_states[-1],
             pooler_output=self.pooler(hidden_states[-1]),
@@ -494,16 +512,17 @@ class VisualBertForPreTraining(PreTrainedModel):
         labels: torch.Tensor | None = None,
         sentence_image_labels: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in `VisualBertModel`.
+        """Run the model and, with labels, its pretraining losses; other inputs as in
+        `VisualBertModel`.
 
         Args:
             labels: (B, T) or (B, T+V) word-piece ids to be predicted; -100 and -1 are ignored.
-            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random (the
-                original's polarity; transformers documents the opposite).
+            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random
+                (the original's polarity; transformers documents the opposite).
 
         Returns:
-            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of the
-            losses whose labels were given.
+            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of
+            the losses whose labels were given.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -515,8 +534,8 @@ class VisualBertForPreTraining(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
@@ -580,6 +599,7 @@ class VisualBertForMultipleChoice(PreTrainedModel):
         inputs = flatten_choices(
             (batch, choices),
             lambda x: torch.as_tensor(x)[:, None].expand(x.shape[0], choices, *x.shape[1:]),
+            lambda x: x.reshape(-1, *x.shape[2:]),
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -633,14 +653,15 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         output_hidden_states: bool | None = None,
         labels: torch.Tensor | None = None,
     ) -> ModelOutput:
-        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK] [SEP]`.
+        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
+        [SEP]`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
 
         Returns:
-            `logits` (B, L), raw with or without labels, and `loss` with labels: the Kullback-Leibler
-            divergence summed over answers, averaged over the batch.
+            `logits` (B, L), raw with or without labels, and `loss` with labels: the
+            Kullback-Leibler divergence summed over answers, averaged over the batch.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -652,14 +673,16 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, text.shape[1])
-        answer = sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        answer = (
+            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        )
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
@@ -669,7 +692,9 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         )
 
     def answer_position(self, attention_mask, text_length):
-        """Index of the second-last real token, (B, 1), found from the mask, so padding may be left."""
+        """Index of the second-last real token, (B, 1), found from the mask, so padding may be
+        left.
+        """
         if attention_mask is None:
             check_answer_position(text_length, None)
             return text_length - 2
@@ -726,8 +751,8 @@ class VisualBertForVisualReasoning(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         batch = outputs.pooler_output.shape[0]
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
@@ -776,13 +801,14 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
         """Score every region for every phrase; other inputs as in `VisualBertModel`.
 
         Args:
-            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in the
-                original; -1 = padding, whose scores mean nothing.
+            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
+                the original; -1 = padding, whose scores mean nothing.
             labels: (B, E, V) target distribution over regions, zeros where a phrase has none.
 
         Returns:
-            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels: the
-            Kullback-Leibler divergence summed over phrases and regions, averaged over the batch.
+            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels:
+            the Kullback-Leibler divergence summed over phrases and regions, averaged over the
+            batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
         require(self.architecture, visual_embeds=visual_embeds)
@@ -796,8 +822,8 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
@@ -826,7 +852,7 @@ def mask_bias(mask, dtype):
 
     A row with nothing visible gives the mean of all values, as transformers' plain attention does.
     """
-    return torch.where(mask, 0.0, torch.finfo(dtype).min / 2).to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min / 2)
 
 
 def joint_mask(text_mask, visual_mask, embeddings, text_length):
@@ -848,7 +874,9 @@ def cross_entropy(logits, labels):
     """Mean over the labels that are not negative; zero where there are none."""
     valid = labels >= 0
     log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
-    picked = torch.take_along_dim(log_probs, torch.where(valid, labels, 0)[..., None], dim=-1)[..., 0]
+    picked = torch.take_along_dim(log_probs, torch.where(valid, labels, 0)[..., None], dim=-1)[
+        ..., 0
+    ]
     return -torch.where(valid, picked, 0.0).sum() / valid.sum().clip(1)
 
 
@@ -856,7 +884,9 @@ def divergence(logits, targets):
     """Kullback-Leibler divergence of softmax(logits) from targets, summed, over the batch size."""
     log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
     targets = targets.to(log_probs.dtype)
-    entropy = torch.where(targets > 0, targets * torch.log(torch.where(targets > 0, targets, 1.0)), 0.0)
+    entropy = torch.where(
+        targets > 0, targets * torch.log(torch.where(targets > 0, targets, 1.0)), 0.0
+    )
     return (entropy - targets * log_probs).sum() / targets.shape[0]
 
 

@@ -8,7 +8,116 @@ B batch  C choices  T text  V regions  S=T+V  N heads  D head size  H hidden  F 
 A aligned positions  E phrases  L labels  W words
 """
 
-@@HEAD@@
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+from tensorflow import Tensor as Array
+
+from visualbert.config import VisualBertConfig
+from visualbert.errors import InputError
+from visualbert.inputs.contract import (
+    check_answer_position,
+    check_inputs,
+    flatten_choices,
+    is_floating,
+    require,
+)
+from visualbert.outputs import ModelOutput, model_output
+from visualbert.pretrained import PreTrained
+
+# Keras appends every argument of a call to an exception that does not carry this mark.
+InputError._keras_call_info_injected = True  # type: ignore[attr-defined]
+
+
+def gelu(x):
+    """The exact form; `ops.gelu(x, approximate=False)` is 5e-9 off in float64."""
+    return 0.5 * x * (1 + ops.erf(x / math.sqrt(2)))
+
+
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_new": lambda x: ops.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: ops.gelu(x, approximate=True),
+    "relu": ops.relu,
+    "silu": ops.silu,
+    "swish": ops.silu,
+}
+
+
+class Module(keras.layers.Layer):
+    """A Keras layer that builds its children, so that a variable's path is its place in the
+    model.
+    """
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make the variables of everything below."""
+        for child in self._layers:
+            child.build(None)
+
+
+class Linear(keras.layers.Dense):
+    """`x @ kernel + bias`; the values come from a checkpoint or from `PreTrained.initialise`."""
+
+    def __init__(self, in_features: int, out_features: int, **kw: Any) -> None:
+        super().__init__(out_features, kernel_initializer="zeros", **kw)
+        self.in_features = in_features
+
+    def build(self, input_shape: Any = None) -> None:
+        super().build((None, self.in_features))
+
+
+class Embedding(keras.layers.Embedding):
+    """A table of vectors; no row is frozen."""
+
+    def __init__(self, num_embeddings: int, features: int, **kw: Any) -> None:
+        super().__init__(num_embeddings, features, embeddings_initializer="zeros", **kw)
+
+
+class LayerNorm(keras.layers.Layer):
+    """Normalisation over the last axis with scale and shift; two-pass variance."""
+
+    def __init__(self, features: int, eps: float, **kw: Any) -> None:
+        super().__init__(**kw)
+        self.features = features
+        self.eps = eps
+
+    def build(self, input_shape: Any = None) -> None:
+        self.gamma = self.add_weight(shape=(self.features,), initializer="ones", name="gamma")
+        self.beta = self.add_weight(shape=(self.features,), initializer="zeros", name="beta")
+
+    def call(self, x):
+        wide = at_least_float32(x)
+        centred = wide - ops.mean(wide, axis=-1, keepdims=True)
+        variance = ops.mean(ops.square(centred), axis=-1, keepdims=True)
+        normal = ops.cast(centred * ops.rsqrt(variance + self.eps), x.dtype)
+        return normal * self.gamma + self.beta
+
+
+class Dropout(keras.layers.Dropout):
+    """Dropout in training, which gives the same mask again when a layer is computed again."""
+
+    def call(self, x, training=False):
+        if not training or self.rate == 0 or not _replay:
+            return super().call(x, training=training)
+        return tf.nn.experimental.stateless_dropout(x, self.rate, seed=next(_replay[-1]))
+
+
+_replay: list[Iterator[Array]] = []
+
+
+@contextlib.contextmanager
+def replayed(seed: Array) -> Iterator[None]:
+    """Draw every dropout mask inside from `seed`."""
+    _replay.append(iter(seed + tf.constant([0, i], seed.dtype) for i in range(1 << 16)))
+    try:
+        yield
+    finally:
+        _replay.pop()
 
 
 class Embeddings(Module):
@@ -16,19 +125,32 @@ class Embeddings(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
-        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size, name="word_embeddings", **kw)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size, name="position_embeddings", **kw)
-        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size, name="token_type_embeddings", **kw)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw)
+        kw.pop("name", None)
+        self.word_embeddings = Embedding(
+            config.vocab_size, config.hidden_size, name="word_embeddings", **kw
+        )
+        self.position_embeddings = Embedding(
+            config.max_position_embeddings, config.hidden_size, name="position_embeddings", **kw
+        )
+        self.token_type_embeddings = Embedding(
+            config.type_vocab_size, config.hidden_size, name="token_type_embeddings", **kw
+        )
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw
+        )
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
-        self.visual_token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size, name="visual_token_type_embeddings", **kw)
+        self.visual_token_type_embeddings = Embedding(
+            config.type_vocab_size, config.hidden_size, name="visual_token_type_embeddings", **kw
+        )
         self.visual_position_embeddings = Embedding(
             config.max_position_embeddings,
             config.hidden_size,
             name="visual_position_embeddings",
             **kw,
         )
-        self.visual_projection = Linear(config.visual_embedding_dim, config.hidden_size, name="visual_projection", **kw)
+        self.visual_projection = Linear(
+            config.visual_embedding_dim, config.hidden_size, name="visual_projection", **kw
+        )
 
     def call(
         self,
@@ -44,7 +166,7 @@ class Embeddings(Module):
             inputs_embeds = self.word_embeddings(input_ids)  # B T H
         text_length = inputs_embeds.shape[1]
         if position_ids is None:
-            position_ids = ops.arange(text_length, device=inputs_embeds.device)[None]  # 1 T
+            position_ids = ops.arange(text_length, dtype="int32")[None]  # 1 T
         if token_type_ids is None:
             token_type_ids = ops.zeros_like(position_ids)
         embeddings = (
@@ -59,7 +181,7 @@ class Embeddings(Module):
 
     def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
         """Projection + segment + position; every region has position 0 of the visual table."""
-        first = ops.zeros_like(visual_embeds[:, :, 0], dtype=ops.long)  # B V
+        first = ops.zeros_like(visual_embeds[:, :, 0], dtype="int32")  # B V
         if visual_token_type_ids is None:
             visual_token_type_ids = first + 1
         embeddings = (
@@ -76,8 +198,8 @@ class Embeddings(Module):
         """Mean of the text positions that a region is aligned with; zero where there is none."""
         valid = image_text_alignment >= 0  # B V A
         positions = self.position_embeddings(ops.where(valid, image_text_alignment, 0))
-        valid = valid[..., None].to(positions.dtype)  # B V A 1
-        return (positions * valid).sum(2) / valid.sum(2).clip(1)  # B V H
+        valid = ops.cast(valid[..., None], positions.dtype)  # B V A 1
+        return ops.sum(positions * valid, 2) / ops.maximum(ops.sum(valid, 2), 1)  # B V H
 
 
 class SelfAttention(Module):
@@ -85,8 +207,9 @@ class SelfAttention(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.num_heads = config.num_attention_heads
-        self.fused = config.attn_implementation == "sdpa"
+        self.head_size = config.head_size
         self.query = Linear(config.hidden_size, config.hidden_size, name="query", **kw)
         self.key = Linear(config.hidden_size, config.hidden_size, name="key", **kw)
         self.value = Linear(config.hidden_size, config.hidden_size, name="value", **kw)
@@ -96,24 +219,13 @@ class SelfAttention(Module):
         query = self.split_heads(self.query(hidden_states))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
-        if self.fused and not output_attentions:
-            context, probs = self.fused_attention(query, key, value, mask), None
-        else:
-            context, probs = self.plain_attention(query, key, value, mask)
-        return context.reshape(hidden_states.shape), probs  # B S H, B N S S
+        context, probs = self.plain_attention(query, key, value, mask)
+        probs = probs if output_attentions else None
+        return ops.reshape(context, ops.shape(hidden_states)), probs  # B S H, B N S S
 
     def split_heads(self, x):
-        return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
-
-    def fused_attention(self, query, key, value, mask):
-        context = scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=None if mask is None else mask_bias(mask, query.dtype),
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
-        return context.transpose(1, 2)  # B S N D
+        batch, length, _ = ops.shape(x)
+        return ops.reshape(x, (batch, length, self.num_heads, self.head_size))  # B S N D
 
     def plain_attention(self, query, key, value, mask):
         scores = ops.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
@@ -128,8 +240,11 @@ class SelfOutput(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.hidden_size, name="dense", **kw)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw)
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw
+        )
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
 
     def call(self, hidden_states, residual):
@@ -141,11 +256,12 @@ class Attention(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.self = SelfAttention(config, name="self", **kw)
         self.output_ = SelfOutput(config, name="output", **kw)
 
     def call(self, hidden_states, mask=None, output_attentions=False):
-        context, probs = self.self(hidden_states, mask, output_attentions)
+        context, probs = self.self(hidden_states, mask, output_attentions=output_attentions)
         return self.output_(context, hidden_states), probs
 
 
@@ -154,6 +270,7 @@ class Intermediate(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.intermediate_size, name="dense", **kw)
         self.activation = ACTIVATIONS[config.hidden_act]
 
@@ -166,8 +283,11 @@ class Output(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.dense = Linear(config.intermediate_size, config.hidden_size, name="dense", **kw)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw)
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw
+        )
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
 
     def call(self, hidden_states, residual):
@@ -179,12 +299,15 @@ class Layer(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.attention = Attention(config, name="attention", **kw)
         self.intermediate = Intermediate(config, name="intermediate", **kw)
         self.output_ = Output(config, name="output", **kw)
 
     def call(self, hidden_states, mask=None, output_attentions=False):
-        hidden_states, probs = self.attention(hidden_states, mask, output_attentions)
+        hidden_states, probs = self.attention(
+            hidden_states, mask, output_attentions=output_attentions
+        )
         return self.output_(self.intermediate(hidden_states), hidden_states), probs
 
 
@@ -193,22 +316,33 @@ class Encoder(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
-        self.layer = ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        kw.pop("name", None)
+        self.layer = [
+            Layer(config, name=f"layer.{i}", **kw) for i in range(config.num_hidden_layers)
+        ]
         self.gradient_checkpointing = False
 
-    def call(self, hidden_states, mask=None, output_attentions=False):
+    def call(self, hidden_states, mask=None, output_attentions=False, training=None):
         all_hidden_states, attentions = [hidden_states], []
         for layer in self.layer:
-            hidden_states, probs = self.run(layer, hidden_states, mask, output_attentions)
+            hidden_states, probs = self.run(layer, hidden_states, mask, output_attentions, training)
             all_hidden_states.append(hidden_states)
             attentions.append(probs)
         return tuple(all_hidden_states), tuple(attentions)
 
-    def run(self, layer, hidden_states, mask, output_attentions):
+    def run(self, layer, hidden_states, mask, output_attentions, training):
         """One layer, whose activations are computed again in the backward pass if so asked."""
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, hidden_states, mask, output_attentions, use_reentrant=False)
-        return layer(hidden_states, mask, output_attentions)
+        if not (self.gradient_checkpointing and training):
+            return layer(hidden_states, mask, output_attentions=output_attentions)
+
+        def again(hidden_states, seed):
+            with replayed(seed):
+                return layer(
+                    hidden_states, mask, output_attentions=output_attentions, training=True
+                )
+
+        seed = tf.random.uniform([2], maxval=2**30, dtype=tf.int32)
+        return tf.recompute_grad(again)(hidden_states, seed)
 
 
 class Pooler(Module):
@@ -216,6 +350,7 @@ class Pooler(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.hidden_size, name="dense", **kw)
 
     def call(self, hidden_states):
@@ -227,9 +362,12 @@ class PredictionHeadTransform(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.hidden_size, name="dense", **kw)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw)
+        self.LayerNorm = LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw
+        )
 
     def call(self, hidden_states):
         return self.LayerNorm(self.activation(self.dense(hidden_states)))
@@ -240,11 +378,19 @@ class LMPredictionHead(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.transform = PredictionHeadTransform(config, name="transform", **kw)
-        self.bias = nn.Parameter(ops.empty(config.vocab_size))
+        self.vocab_size = config.vocab_size
+
+    def build(self, input_shape: Any = None) -> None:
+        super().build()
+        self.bias = self.add_weight(shape=(self.vocab_size,), initializer="zeros", name="bias")
 
     def call(self, hidden_states, word_table):
-        return self.transform(hidden_states) @ word_table.T + self.bias  # B S W
+        hidden_states = self.transform(hidden_states)
+        dtype = hidden_states.dtype
+        word_table = ops.cast(word_table, dtype)
+        return ops.matmul(hidden_states, ops.transpose(word_table)) + self.bias  # B S W
 
 
 class PreTrainingHeads(Module):
@@ -252,6 +398,7 @@ class PreTrainingHeads(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.predictions = LMPredictionHead(config, name="predictions", **kw)
         self.seq_relationship = Linear(config.hidden_size, 2, name="seq_relationship", **kw)
 
@@ -264,6 +411,7 @@ class RegionToPhraseAttention(Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
+        kw.pop("name", None)
         self.query = Linear(config.hidden_size, config.head_size, name="query", **kw)
         self.key = Linear(config.hidden_size, config.head_size, name="key", **kw)
         self.value = Linear(config.hidden_size, config.head_size, name="value", **kw)
@@ -276,60 +424,86 @@ class RegionToPhraseAttention(Module):
         return scores
 
 
-class PreTrainedModel(PreTrained, Module):
+class PreTrainedModel(PreTrained, keras.Model):
     """What the public classes share: loading, saving, and the edges of a call."""
 
     framework = "tf"
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Keep one activation per layer in training and compute the others again (transformers' name)."""
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = True
+    def __call__(self, *args: Any, **kw: Any) -> Any:
+        if args and isinstance(args[0], Mapping):  # as `fit` and `predict` pass their batches
+            return super().__call__(*args[1:], **args[0], **kw)
+        return super().__call__(*args, **kw)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Make every variable; done by the constructor."""
+        Module.build(self)
+
+    def initialise(self, seed: int | None) -> None:
+        if seed is not None:
+            self.build()
+        super().initialise(seed)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The model's own loss where the batch carries labels, the compiled one elsewhere
+        (Keras).
+        """
+        loss = getattr(y_pred, "loss", None)
+        if loss is not None:
+            return loss + sum(self.losses)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def get_config(self) -> dict[str, Any]:
+        """What Keras writes to rebuild the model."""
+        policy = keras.saving.serialize_keras_object(self.dtype_policy)
+        return {"config": self.config.to_dict(), "name": self.name, "dtype": policy}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The inverse of `get_config`; values are Keras's to load."""
+        kw = {
+            "name": config["name"],
+            "dtype": keras.saving.deserialize_keras_object(config["dtype"]),
+        }
+        return cls(VisualBertConfig.from_dict(config["config"]), seed=None, **kw)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep one activation per layer in training and compute the others again."""
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = False
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
 
-    def get_input_embeddings(self) -> Module:
+    def get_input_embeddings(self) -> keras.layers.Layer:
         """The word table."""
         return getattr(self, "visual_bert", self).embeddings.word_embeddings
 
-    @property
-    def device(self) -> ops.device:
-        """Where the parameters are."""
-        return self.get_input_embeddings().weight.device
-
-    @property
-    def dtype(self) -> ops.dtype:
-        """The type of the parameters."""
-        return self.get_input_embeddings().weight.dtype
-
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
-        """Inputs as tensors on the model's device, refused where they do not fit (`inputs.contract`)."""
+        """Inputs as tensors, refused where they do not fit (`inputs.contract`)."""
         inputs = {
-            name: None if x is None else as_tensor(x, self.device, is_floating(where, name), self.dtype)
+            name: None if x is None else as_tensor(x, is_floating(where, name), self.compute_dtype)
             for name, x in inputs.items()
         }
-        if not ops.compiler.is_compiling():
-            check_inputs(self.config, where, look, inputs, sizes)
+        check_inputs(self.config, where, look, inputs, sizes)
         return inputs
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertModel(PreTrainedModel):
     """VisualBERT without a head: hidden states of text and regions, and the pooled first position.
 
     Args:
         config: the architecture.
-        seed: of the initial values; None leaves the memory unwritten.
+        seed: of the initial values; None leaves the model unbuilt.
+        dtype: type or Keras policy ("mixed_bfloat16"); the global policy when left out.
+        name: of the Keras model.
     """
 
     architecture = "VisualBertModel"
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.embeddings = Embeddings(config, name="embeddings", **kw)
         self.encoder = Encoder(config, name="encoder", **kw)
@@ -351,31 +525,32 @@ class TFVisualBertModel(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
 
         Args:
             input_ids: (B, T) word-piece ids.
-            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand on
-                either side.
+            attention_mask: (B, T), 1 where there is a token; ones when left out. Padding may stand
+                on either side.
             token_type_ids: (B, T) text segments; zeros when left out.
             position_ids: (B, T) rows of the position table; 0 … T-1 when left out.
             inputs_embeds: (B, T, H) instead of `input_ids`.
             visual_embeds: (B, V, F) region features of the detector that the checkpoint was trained
                 with; text alone when left out.
             visual_attention_mask: (B, V), 1 where there is a region; ones when left out.
-            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers. The
-                published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for the
-                second).
+            visual_token_type_ids: (B, V) visual segments; ones when left out, as in transformers.
+                The published checkpoints were trained with 0 (NLVR2: 0 for the first image, 1 for
+                the second).
             image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
 
         Returns:
-            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states` and
-            `attentions`. With `bypass_transformer` the encoder's entries cover the text and the last
-            entry, the additional layer's, covers text and regions.
+            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
+            and `attentions`. With `bypass_transformer` the encoder's entries cover the text and the
+            last entry, the additional layer's, covers text and regions.
 
         Raises:
             InputError: shapes or values that do not fit.
@@ -406,12 +581,16 @@ class TFVisualBertModel(PreTrainedModel):
         if self.config.bypass_transformer and visual_embeds is not None:
             text_keys = None if mask is None else mask[..., :text_length]
             text_embeddings = embeddings[:, :text_length]
-            hidden_states, attentions = self.encoder(text_embeddings, text_keys, output_attentions)
+            hidden_states, attentions = self.encoder(
+                text_embeddings, text_keys, output_attentions=output_attentions
+            )
             joint = ops.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, mask, output_attentions)
+            last, probs = self.additional_layer(joint, mask, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
-            hidden_states, attentions = self.encoder(embeddings, mask, output_attentions)
+            hidden_states, attentions = self.encoder(
+                embeddings, mask, output_attentions=output_attentions
+            )
         return model_output(
             last_hidden_state=hidden_states[-1],
             pooler_output=self.pooler(hidden_states[-1]),
@@ -420,6 +599,7 @@ class TFVisualBertModel(PreTrainedModel):
         )
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertForPreTraining(PreTrainedModel):
     """VisualBERT with masked language modelling and sentence-image match (paper section 3.3)."""
 
@@ -427,6 +607,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.cls = PreTrainingHeads(config, name="cls", **kw)
@@ -447,17 +628,19 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         output_hidden_states: bool | None = None,
         labels: Array | None = None,
         sentence_image_labels: Array | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in `VisualBertModel`.
+        """Run the model and, with labels, its pretraining losses; other inputs as in
+        `VisualBertModel`.
 
         Args:
             labels: (B, T) or (B, T+V) word-piece ids to be predicted; -100 and -1 are ignored.
-            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random (the
-                original's polarity; transformers documents the opposite).
+            sentence_image_labels: (B,) 1 where the text belongs to the image, 0 where it is random
+                (the original's polarity; transformers documents the opposite).
 
         Returns:
-            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of the
-            losses whose labels were given.
+            `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of
+            the losses whose labels were given.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -469,21 +652,21 @@ class TFVisualBertForPreTraining(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
         text = input_ids if inputs_embeds is None else inputs_embeds
         sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
         labels, match = self.edge(self.architecture, labels_in, **sizes).values()
-        word_table = self.visual_bert.embeddings.word_embeddings.weight
+        word_table = self.visual_bert.embeddings.word_embeddings.embeddings
         prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
         losses = []
         if labels is not None:
             losses.append(cross_entropy(prediction_logits[:, : labels.shape[1]], labels))
         if match is not None:
-            losses.append(cross_entropy(match_logits, match.reshape(-1)))
+            losses.append(cross_entropy(match_logits, ops.reshape(match, (-1,))))
         return model_output(
             loss=sum(losses) if losses else None,
             prediction_logits=prediction_logits,
@@ -493,6 +676,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         )
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertForMultipleChoice(PreTrainedModel):
     """VisualBERT that picks one of several texts for an image (VCR, paper section 4.2)."""
 
@@ -500,6 +684,7 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
@@ -520,6 +705,7 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         labels: Array | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
         """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
 
@@ -533,7 +719,8 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         batch, choices = text.shape[:2]
         inputs = flatten_choices(
             (batch, choices),
-            lambda x: ops.as_tensor(x)[:, None].expand(x.shape[0], choices, *x.shape[1:]),
+            lambda x: ops.repeat(x[:, None], choices, axis=1),
+            lambda x: ops.reshape(x, (-1, *ops.shape(x)[2:])),
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -550,15 +737,16 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch, C=choices).values()
-        logits = self.cls(self.dropout(outputs.pooler_output)).reshape(-1, choices)
+        logits = ops.reshape(self.cls(self.dropout(outputs.pooler_output)), (-1, choices))
         return model_output(
-            loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
+            loss=None if labels is None else cross_entropy(logits, ops.reshape(labels, (-1,))),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertForQuestionAnswering(PreTrainedModel):
     """VisualBERT that chooses an answer from a fixed vocabulary (VQA, paper section 4.1)."""
 
@@ -566,6 +754,7 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
@@ -586,15 +775,17 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         labels: Array | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
-        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK] [SEP]`.
+        """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
+        [SEP]`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
 
         Returns:
-            `logits` (B, L), raw with or without labels, and `loss` with labels: the Kullback-Leibler
-            divergence summed over answers, averaged over the batch.
+            `logits` (B, L), raw with or without labels, and `loss` with labels: the
+            Kullback-Leibler divergence summed over answers, averaged over the batch.
         """
         outputs = self.visual_bert(
             input_ids,
@@ -606,34 +797,41 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, text.shape[1])
-        answer = sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        answer = (
+            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
+        )
         logits = self.cls(self.dropout(answer))
         return model_output(
-            loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
+            loss=None
+            if labels is None
+            else divergence(logits, ops.reshape(labels, ops.shape(logits))),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
     def answer_position(self, attention_mask, text_length):
-        """Index of the second-last real token, (B, 1), found from the mask, so padding may be left."""
+        """Index of the second-last real token, (B, 1), found from the mask, so padding may be
+        left.
+        """
         if attention_mask is None:
             check_answer_position(text_length, None)
             return text_length - 2
-        mask = as_tensor(attention_mask, self.device, False, self.dtype)  # B T
-        if not ops.compiler.is_compiling():
-            check_answer_position(text_length, look(mask))
-        counts = mask.cumsum(1)
-        return (counts == counts[:, -1:] - 1).long().argmax(1)[:, None]
+        mask = as_tensor(attention_mask, False, self.compute_dtype)  # B T
+        check_answer_position(text_length, look(mask))
+        counts = ops.cumsum(mask, 1)
+        second_last = ops.cast(counts == counts[:, -1:] - 1, "int32")
+        return ops.argmax(second_last, 1)[:, None]
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertForVisualReasoning(PreTrainedModel):
     """VisualBERT that judges a statement about a pair of images (NLVR2, paper section 4.3)."""
 
@@ -641,6 +839,7 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
@@ -661,6 +860,7 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         labels: Array | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
         """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
 
@@ -680,20 +880,21 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         batch = outputs.pooler_output.shape[0]
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
         logits = self.cls(self.dropout(outputs.pooler_output))
         return model_output(
-            loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
+            loss=None if labels is None else cross_entropy(logits, ops.reshape(labels, (-1,))),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
 
+@keras.saving.register_keras_serializable(package="visualbert")
 class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
     """VisualBERT that finds the regions of phrases (Flickr30K Entities, paper section 4.4).
 
@@ -704,6 +905,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
+        kw = {"dtype": self.dtype_policy}
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
@@ -726,17 +928,19 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         output_hidden_states: bool | None = None,
         region_to_phrase_position: Array | None = None,
         labels: Array | None = None,
+        training: bool | None = None,
     ) -> ModelOutput:
         """Score every region for every phrase; other inputs as in `VisualBertModel`.
 
         Args:
-            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in the
-                original; -1 = padding, whose scores mean nothing.
+            region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
+                the original; -1 = padding, whose scores mean nothing.
             labels: (B, E, V) target distribution over regions, zeros where a phrase has none.
 
         Returns:
-            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels: the
-            Kullback-Leibler divergence summed over phrases and regions, averaged over the batch.
+            `logits` (B, E, V), hugely negative where a region is masked, and `loss` with labels:
+            the Kullback-Leibler divergence summed over phrases and regions, averaged over the
+            batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
         require(self.architecture, visual_embeds=visual_embeds)
@@ -750,8 +954,8 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
-            output_attentions,
-            output_hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
         regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
@@ -765,7 +969,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         phrases = gather(sequence, ops.where(positions >= 0, positions, 0))  # B E H
         mask = visual_attention_mask
         if mask is not None:
-            mask = as_tensor(mask, self.device, False, self.dtype) != 0
+            mask = as_tensor(mask, False, self.compute_dtype) != 0
         logits = self.attention(phrases, regions, mask)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
@@ -780,14 +984,15 @@ def mask_bias(mask, dtype):
 
     A row with nothing visible gives the mean of all values, as transformers' plain attention does.
     """
-    return ops.where(mask, 0.0, ops.finfo(dtype).min / 2).to(dtype)
+    lowest = tf.as_dtype(dtype).min / 2
+    return ops.where(mask, ops.cast(0, dtype), ops.cast(lowest, dtype))
 
 
 def joint_mask(text_mask, visual_mask, embeddings, text_length):
     """(B, 1, 1, S), true where there is a token or a region; None where nothing is masked."""
     if text_mask is None and visual_mask is None:
         return None
-    ones = ops.ones_like(embeddings[:, :, 0], dtype=ops.bool)  # B S
+    ones = ops.ones_like(embeddings[:, :, 0], dtype="bool")  # B S
     text_mask = ones[:, :text_length] if text_mask is None else text_mask != 0
     visual_mask = ones[:, text_length:] if visual_mask is None else visual_mask != 0
     return ops.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
@@ -795,28 +1000,32 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
 
 def gather(hidden_states, positions):
     """(B, E, H): the hidden states at (B, E) positions."""
-    return ops.take_along_dim(hidden_states, positions[..., None], axis=1)
+    return tf.gather(hidden_states, positions, axis=1, batch_dims=1)
 
 
 def cross_entropy(logits, labels):
     """Mean over the labels that are not negative; zero where there are none."""
     valid = labels >= 0
     log_probs = ops.log_softmax(at_least_float32(logits), axis=-1)
-    picked = ops.take_along_dim(log_probs, ops.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
-    return -ops.where(valid, picked, 0.0).sum() / valid.sum().clip(1)
+    picked = ops.take_along_axis(log_probs, ops.where(valid, labels, 0)[..., None], axis=-1)[..., 0]
+    count = ops.cast(ops.maximum(ops.sum(ops.cast(valid, "int32")), 1), picked.dtype)
+    return -ops.sum(ops.where(valid, picked, ops.zeros_like(picked))) / count
 
 
 def divergence(logits, targets):
     """Kullback-Leibler divergence of softmax(logits) from targets, summed, over the batch size."""
     log_probs = ops.log_softmax(at_least_float32(logits), axis=-1)
-    targets = targets.to(log_probs.dtype)
-    entropy = ops.where(targets > 0, targets * ops.log(ops.where(targets > 0, targets, 1.0)), 0.0)
-    return (entropy - targets * log_probs).sum() / targets.shape[0]
+    targets = ops.cast(targets, log_probs.dtype)
+    positive = targets > 0
+    ones = ops.ones_like(targets)
+    entropy = ops.where(positive, targets * ops.log(ops.where(positive, targets, ones)), 0 * ones)
+    batch = ops.cast(ops.shape(targets)[0], log_probs.dtype)
+    return ops.sum(entropy - targets * log_probs) / batch
 
 
 def at_least_float32(x):
     """`x`, in float32 if it is narrower."""
-    return x.to(ops.promote_types(x.dtype, ops.float32))
+    return ops.cast(x, "float32") if x.dtype in (tf.bfloat16, tf.float16) else x
 
 
 def choose(asked: bool | None, default: bool) -> bool:
@@ -824,18 +1033,15 @@ def choose(asked: bool | None, default: bool) -> bool:
     return default if asked is None else asked
 
 
-def as_tensor(x, device, floating, dtype):
-    """`x` as a tensor on `device`: features in the model's type, everything else as integers."""
-    if isinstance(x, np.ndarray):
-        x = ops.as_tensor(x)
-    return x.to(device=device, dtype=dtype if floating else ops.long)
+def as_tensor(x, floating, dtype):
+    """`x` as a tensor: features in the model's type, everything else as integers."""
+    return ops.cast(x, dtype if floating else "int32")
 
 
 def look(x):
-    """The values as numpy, or None where reading them would wait for a device or fail."""
-    if type(x) is not ops.Tensor or x.device.type != "cpu":
+    """The values as numpy, or None where there are none yet or a device would have to be waited
+    for.
+    """
+    if not hasattr(x, "numpy") or "CPU" not in x.device:
         return None
-    try:
-        return x.detach().numpy() if x.dtype != ops.bfloat16 else None
-    except RuntimeError:  # inside a function transform
-        return None
+    return x.numpy()

@@ -1,0 +1,32 @@
+"""VisualBERT in Flax (NNX)."""
+
+import jax
+
+from visualbert.flax.modeling import (
+    FlaxVisualBertForMultipleChoice,
+    FlaxVisualBertForPreTraining,
+    FlaxVisualBertForQuestionAnswering,
+    FlaxVisualBertForRegionToPhraseAlignment,
+    FlaxVisualBertForVisualReasoning,
+    FlaxVisualBertModel,
+)
+from visualbert.outputs import ModelOutput, flatten, unflatten
+
+__all__ = [
+    "FlaxVisualBertForMultipleChoice",
+    "FlaxVisualBertForPreTraining",
+    "FlaxVisualBertForQuestionAnswering",
+    "FlaxVisualBertForRegionToPhraseAlignment",
+    "FlaxVisualBertForVisualReasoning",
+    "FlaxVisualBertModel",
+]
+
+jax.tree_util.register_pytree_with_keys(
+    ModelOutput,
+    lambda output: (
+        [(jax.tree_util.DictKey(key), value) for key, value in output.items()],
+        tuple(output),
+    ),
+    unflatten,
+    flatten,
+)

@@ -1,0 +1,98 @@
+"""Flax (NNX) as a backend: five leaves, and how its arrays go in and out."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from visualbert.backend import Leaf, flatten_outputs
+from visualbert.config import VisualBertConfig
+from visualbert.flax import modeling
+from visualbert.schema import ARCHITECTURES, Kind
+
+
+class FlaxBackend:
+    """See `visualbert.backend.Backend`."""
+
+    name = "flax"
+    native = "orbax"
+    leaves: Mapping[Kind, Leaf] = {
+        Kind.EMBEDDING: Leaf("embedding"),
+        Kind.LINEAR: Leaf("kernel", transposed=True),
+        Kind.BIAS: Leaf("bias"),
+        Kind.SCALE: Leaf("scale"),
+        Kind.SHIFT: Leaf("bias"),
+    }
+    models: Mapping[str, type] = {name: getattr(modeling, "Flax" + name) for name in ARCHITECTURES}
+
+    def create(
+        self, architecture: str | type, config: VisualBertConfig, dtype: str = "float32"
+    ) -> Any:
+        cls = self.models[architecture] if isinstance(architecture, str) else architecture
+        with _precision(dtype):
+            model = cls(config, seed=None, param_dtype=jnp.dtype(dtype))
+        model.eval()
+        return model
+
+    def variables(self, model: nnx.Module) -> dict[str, nnx.Param]:
+        return {
+            ".".join(map(str, path)): node
+            for path, node in nnx.iter_graph(model)
+            if isinstance(node, nnx.Param)
+        }
+
+    def shape(self, variable: nnx.Param) -> tuple[int, ...]:
+        return tuple(variable.get_value().shape)
+
+    def pull(self, variable: nnx.Param) -> np.ndarray:
+        return np.asarray(variable.get_value())
+
+    def push(self, variable: nnx.Param, array: np.ndarray) -> None:
+        dtype = variable.get_value().dtype
+        with _precision(dtype):
+            variable.set_value(jnp.array(array, dtype))
+
+    def call(self, model: nnx.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        with _precision(model.dtype):
+            output = model(**inputs)
+        return {name: np.asarray(value) for name, value in flatten_outputs(output)}
+
+    def gradients(self, model: nnx.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        with _precision(model.dtype):
+            found = nnx.grad(lambda m: m(**inputs).loss)(model)
+        return {
+            ".".join(map(str, path)): np.asarray(value.get_value())
+            for path, value in nnx.to_flat_state(found)
+        }
+
+    def save_native(self, model: nnx.Module, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(path.absolute(), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+    def load_native(self, model: nnx.Module, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:
+            restored = checkpointer.restore(path.absolute())
+        arrays = {
+            ".".join(map(str, keys)): value
+            for keys, value in nnx.traversals.flatten_mapping(restored).items()
+        }
+        for name, variable in self.variables(model).items():
+            self.push(variable, np.asarray(arrays[name]))
+
+
+def _precision(dtype: Any) -> contextlib.AbstractContextManager:
+    """64-bit arithmetic for a float64 model, whatever the process is set to."""
+    wide = jnp.dtype(dtype) == np.float64
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+backend = FlaxBackend()

@@ -1,0 +1,74 @@
+"""TensorFlow (Keras 3) as a backend: five leaves, and how its arrays go in and out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from visualbert.backend import Leaf, flatten_outputs
+from visualbert.config import VisualBertConfig
+from visualbert.schema import ARCHITECTURES, Kind
+from visualbert.tf import modeling
+
+
+class TensorFlowBackend:
+    """See `visualbert.backend.Backend`."""
+
+    name = "tf"
+    native = "model.weights.h5"
+    leaves: Mapping[Kind, Leaf] = {
+        Kind.EMBEDDING: Leaf("embeddings"),
+        Kind.LINEAR: Leaf("kernel", transposed=True),
+        Kind.BIAS: Leaf("bias"),
+        Kind.SCALE: Leaf("gamma"),
+        Kind.SHIFT: Leaf("beta"),
+    }
+    models: Mapping[str, type] = {name: getattr(modeling, "TF" + name) for name in ARCHITECTURES}
+
+    def create(
+        self, architecture: str | type, config: VisualBertConfig, dtype: str = "float32"
+    ) -> Any:
+        cls = self.models[architecture] if isinstance(architecture, str) else architecture
+        model = cls(config, seed=None, dtype=dtype)
+        model.build()
+        return model
+
+    def variables(self, model: keras.Model) -> dict[str, keras.Variable]:
+        # A path starts with the model's own name.
+        return {v.path.partition("/")[2].replace("/", "."): v for v in model.weights}
+
+    def shape(self, variable: keras.Variable) -> tuple[int, ...]:
+        return tuple(variable.shape)
+
+    def pull(self, variable: keras.Variable) -> np.ndarray:
+        return variable.numpy()
+
+    def push(self, variable: keras.Variable, array: np.ndarray) -> None:
+        variable.assign(array)
+
+    def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: value.numpy() for name, value in flatten_outputs(model(**inputs))}
+
+    def gradients(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        variables = self.variables(model)
+        with tf.GradientTape() as tape:
+            loss = model(**inputs).loss
+        found = tape.gradient(
+            loss, [v.value for v in variables.values()], unconnected_gradients="zero"
+        )
+        return {
+            name: tf.convert_to_tensor(gradient).numpy()
+            for name, gradient in zip(variables, found, strict=True)
+        }
+
+    def save_native(self, model: keras.Model, path: Path) -> None:
+        model.save_weights(path)
+
+    def load_native(self, model: keras.Model, path: Path) -> None:
+        model.load_weights(path)
+
+
+backend = TensorFlowBackend()
