@@ -138,33 +138,33 @@ class SelfAttention(nn.Module):
         self.value = Linear(config.hidden_size, config.hidden_size)
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states, mask=None, output_attentions=False):
+    def forward(self, hidden_states, visible=None, output_attentions=False):
         query = self.split_heads(self.query(hidden_states))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
         if self.fused and not output_attentions:
-            context, probs = self.fused_attention(query, key, value, mask), None
+            context, probs = self.fused_attention(query, key, value, visible), None
         else:
-            context, probs = self.plain_attention(query, key, value, mask)
+            context, probs = self.plain_attention(query, key, value, visible)
         return context.reshape(hidden_states.shape), probs  # B S H, B N S S
 
     def split_heads(self, x):
         return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
 
-    def fused_attention(self, query, key, value, mask):
+    def fused_attention(self, query, key, value, visible):
         context = scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=None if mask is None else mask_bias(mask, query.dtype),
+            attn_mask=None if visible is None else mask_bias(visible, query.dtype),
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         return context.transpose(1, 2)  # B S N D
 
-    def plain_attention(self, query, key, value, mask):
+    def plain_attention(self, query, key, value, visible):
         scores = torch.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            scores = scores + mask_bias(mask, scores.dtype)
+        if visible is not None:
+            scores = scores + mask_bias(visible, scores.dtype)
         probs = torch.softmax(scores, dim=-1)
         return torch.einsum("bnqk,bknd->bqnd", self.dropout(probs), value), probs
 
@@ -190,8 +190,8 @@ class Attention(nn.Module):
         self.self = SelfAttention(config)
         self.output = SelfOutput(config)
 
-    def forward(self, hidden_states, mask=None, output_attentions=False):
-        context, probs = self.self(hidden_states, mask, output_attentions=output_attentions)
+    def forward(self, hidden_states, visible=None, output_attentions=False):
+        context, probs = self.self(hidden_states, visible, output_attentions=output_attentions)
         return self.output(context, hidden_states), probs
 
 
@@ -229,9 +229,9 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = Output(config)
 
-    def forward(self, hidden_states, mask=None, output_attentions=False):
+    def forward(self, hidden_states, visible=None, output_attentions=False):
         hidden_states, probs = self.attention(
-            hidden_states, mask, output_attentions=output_attentions
+            hidden_states, visible, output_attentions=output_attentions
         )
         return self.output(self.intermediate(hidden_states), hidden_states), probs
 
@@ -244,25 +244,25 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states, mask=None, output_attentions=False):
+    def forward(self, hidden_states, visible=None, output_attentions=False):
         all_hidden_states, attentions = [hidden_states], []
         for layer in self.layer:
-            hidden_states, probs = self.run(layer, hidden_states, mask, output_attentions)
+            hidden_states, probs = self.run(layer, hidden_states, visible, output_attentions)
             all_hidden_states.append(hidden_states)
             attentions.append(probs)
         return tuple(all_hidden_states), tuple(attentions)
 
-    def run(self, layer, hidden_states, mask, output_attentions):
+    def run(self, layer, hidden_states, visible, output_attentions):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if self.gradient_checkpointing and self.training:
             return checkpoint(
                 layer,
                 hidden_states,
-                mask,
+                visible,
                 output_attentions=output_attentions,
                 use_reentrant=False,
             )
-        return layer(hidden_states, mask, output_attentions=output_attentions)
+        return layer(hidden_states, visible, output_attentions=output_attentions)
 
 
 class Pooler(nn.Module):
@@ -322,11 +322,11 @@ class RegionToPhraseAttention(nn.Module):
         self.key = Linear(config.hidden_size, config.head_size)
         self.value = Linear(config.hidden_size, config.head_size)
 
-    def forward(self, phrases, regions, mask=None):
+    def forward(self, phrases, regions, visible=None):
         query, key = self.query(phrases), self.key(regions)  # B E D, B V D
         scores = torch.einsum("bed,bvd->bev", query, key) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            scores = scores + mask_bias(mask[:, None, :], scores.dtype)
+        if visible is not None:
+            scores = scores + mask_bias(visible[:, None, :], scores.dtype)
         return scores
 
 
@@ -461,20 +461,20 @@ class VisualBertModel(PreTrainedModel):
         embeddings = self.embeddings(**inputs)  # B S H
         text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
         text_length = text.shape[1]
-        mask = joint_mask(text_mask, visual_mask, embeddings, text_length)
+        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
 
         if self.config.bypass_transformer and visual_embeds is not None:
-            text_keys = None if mask is None else mask[..., :text_length]
+            text_keys = None if visible is None else visible[..., :text_length]
             text_embeddings = embeddings[:, :text_length]
             hidden_states, attentions = self.encoder(
                 text_embeddings, text_keys, output_attentions=output_attentions
             )
             joint = torch.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, mask, output_attentions=output_attentions)
+            last, probs = self.additional_layer(joint, visible, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
             hidden_states, attentions = self.encoder(
-                embeddings, mask, output_attentions=output_attentions
+                embeddings, visible, output_attentions=output_attentions
             )
         return model_output(
             last_hidden_state=hidden_states[-1],
@@ -835,10 +835,10 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             S=sequence.shape[1],
         ).values()
         phrases = gather(sequence, torch.where(positions >= 0, positions, 0))  # B E H
-        mask = visual_attention_mask
-        if mask is not None:
-            mask = as_tensor(mask, self.device, False, self.dtype) != 0
-        logits = self.attention(phrases, regions, mask)
+        visible = visual_attention_mask
+        if visible is not None:
+            visible = as_tensor(visible, self.device, False, self.dtype) != 0
+        logits = self.attention(phrases, regions, visible)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
             logits=logits,
@@ -847,12 +847,12 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
         )
 
 
-def mask_bias(mask, dtype):
+def mask_bias(visible, dtype):
     """0 where visible; elsewhere so low that it vanishes in a softmax, yet adds without overflow.
 
     A row with nothing visible gives the mean of all values, as transformers' plain attention does.
     """
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min / 2)
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min / 2)
 
 
 def joint_mask(text_mask, visual_mask, embeddings, text_length):

@@ -215,11 +215,11 @@ class SelfAttention(Module):
         self.value = Linear(config.hidden_size, config.hidden_size, name="value", **kw)
         self.dropout = Dropout(config.attention_probs_dropout_prob, name="dropout", **kw)
 
-    def call(self, hidden_states, mask=None, output_attentions=False):
+    def call(self, hidden_states, visible=None, output_attentions=False):
         query = self.split_heads(self.query(hidden_states))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
-        context, probs = self.plain_attention(query, key, value, mask)
+        context, probs = self.plain_attention(query, key, value, visible)
         probs = probs if output_attentions else None
         return ops.reshape(context, ops.shape(hidden_states)), probs  # B S H, B N S S
 
@@ -227,10 +227,10 @@ class SelfAttention(Module):
         batch, length, _ = ops.shape(x)
         return ops.reshape(x, (batch, length, self.num_heads, self.head_size))  # B S N D
 
-    def plain_attention(self, query, key, value, mask):
+    def plain_attention(self, query, key, value, visible):
         scores = ops.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            scores = scores + mask_bias(mask, scores.dtype)
+        if visible is not None:
+            scores = scores + mask_bias(visible, scores.dtype)
         probs = ops.softmax(scores, axis=-1)
         return ops.einsum("bnqk,bknd->bqnd", self.dropout(probs), value), probs
 
@@ -260,8 +260,8 @@ class Attention(Module):
         self.self = SelfAttention(config, name="self", **kw)
         self.output_ = SelfOutput(config, name="output", **kw)
 
-    def call(self, hidden_states, mask=None, output_attentions=False):
-        context, probs = self.self(hidden_states, mask, output_attentions=output_attentions)
+    def call(self, hidden_states, visible=None, output_attentions=False):
+        context, probs = self.self(hidden_states, visible, output_attentions=output_attentions)
         return self.output_(context, hidden_states), probs
 
 
@@ -304,9 +304,9 @@ class Layer(Module):
         self.intermediate = Intermediate(config, name="intermediate", **kw)
         self.output_ = Output(config, name="output", **kw)
 
-    def call(self, hidden_states, mask=None, output_attentions=False):
+    def call(self, hidden_states, visible=None, output_attentions=False):
         hidden_states, probs = self.attention(
-            hidden_states, mask, output_attentions=output_attentions
+            hidden_states, visible, output_attentions=output_attentions
         )
         return self.output_(self.intermediate(hidden_states), hidden_states), probs
 
@@ -322,23 +322,25 @@ class Encoder(Module):
         ]
         self.gradient_checkpointing = False
 
-    def call(self, hidden_states, mask=None, output_attentions=False, training=None):
+    def call(self, hidden_states, visible=None, output_attentions=False, training=None):
         all_hidden_states, attentions = [hidden_states], []
         for layer in self.layer:
-            hidden_states, probs = self.run(layer, hidden_states, mask, output_attentions, training)
+            hidden_states, probs = self.run(
+                layer, hidden_states, visible, output_attentions, training
+            )
             all_hidden_states.append(hidden_states)
             attentions.append(probs)
         return tuple(all_hidden_states), tuple(attentions)
 
-    def run(self, layer, hidden_states, mask, output_attentions, training):
+    def run(self, layer, hidden_states, visible, output_attentions, training):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if not (self.gradient_checkpointing and training):
-            return layer(hidden_states, mask, output_attentions=output_attentions)
+            return layer(hidden_states, visible, output_attentions=output_attentions)
 
         def again(hidden_states, seed):
             with replayed(seed):
                 return layer(
-                    hidden_states, mask, output_attentions=output_attentions, training=True
+                    hidden_states, visible, output_attentions=output_attentions, training=True
                 )
 
         seed = tf.random.uniform([2], maxval=2**30, dtype=tf.int32)
@@ -416,11 +418,11 @@ class RegionToPhraseAttention(Module):
         self.key = Linear(config.hidden_size, config.head_size, name="key", **kw)
         self.value = Linear(config.hidden_size, config.head_size, name="value", **kw)
 
-    def call(self, phrases, regions, mask=None):
+    def call(self, phrases, regions, visible=None):
         query, key = self.query(phrases), self.key(regions)  # B E D, B V D
         scores = ops.einsum("bed,bvd->bev", query, key) / math.sqrt(query.shape[-1])
-        if mask is not None:
-            scores = scores + mask_bias(mask[:, None, :], scores.dtype)
+        if visible is not None:
+            scores = scores + mask_bias(visible[:, None, :], scores.dtype)
         return scores
 
 
@@ -576,20 +578,20 @@ class TFVisualBertModel(PreTrainedModel):
         embeddings = self.embeddings(**inputs)  # B S H
         text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
         text_length = text.shape[1]
-        mask = joint_mask(text_mask, visual_mask, embeddings, text_length)
+        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
 
         if self.config.bypass_transformer and visual_embeds is not None:
-            text_keys = None if mask is None else mask[..., :text_length]
+            text_keys = None if visible is None else visible[..., :text_length]
             text_embeddings = embeddings[:, :text_length]
             hidden_states, attentions = self.encoder(
                 text_embeddings, text_keys, output_attentions=output_attentions
             )
             joint = ops.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, mask, output_attentions=output_attentions)
+            last, probs = self.additional_layer(joint, visible, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
             hidden_states, attentions = self.encoder(
-                embeddings, mask, output_attentions=output_attentions
+                embeddings, visible, output_attentions=output_attentions
             )
         return model_output(
             last_hidden_state=hidden_states[-1],
@@ -967,10 +969,10 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             S=sequence.shape[1],
         ).values()
         phrases = gather(sequence, ops.where(positions >= 0, positions, 0))  # B E H
-        mask = visual_attention_mask
-        if mask is not None:
-            mask = as_tensor(mask, False, self.compute_dtype) != 0
-        logits = self.attention(phrases, regions, mask)
+        visible = visual_attention_mask
+        if visible is not None:
+            visible = as_tensor(visible, False, self.compute_dtype) != 0
+        logits = self.attention(phrases, regions, visible)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
             logits=logits,
@@ -979,13 +981,13 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         )
 
 
-def mask_bias(mask, dtype):
+def mask_bias(visible, dtype):
     """0 where visible; elsewhere so low that it vanishes in a softmax, yet adds without overflow.
 
     A row with nothing visible gives the mean of all values, as transformers' plain attention does.
     """
     lowest = tf.as_dtype(dtype).min / 2
-    return ops.where(mask, ops.cast(0, dtype), ops.cast(lowest, dtype))
+    return ops.where(visible, ops.cast(0, dtype), ops.cast(lowest, dtype))
 
 
 def joint_mask(text_mask, visual_mask, embeddings, text_length):

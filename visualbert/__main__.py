@@ -1,0 +1,7 @@
+"""`python -m visualbert` is the command `visualbert`."""
+
+import sys
+
+from visualbert.cli import main
+
+sys.exit(main())

@@ -1,0 +1,179 @@
+"""`visualbert convert`: between the canonical folder and each framework's own files."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from visualbert.errors import CheckpointError, UsageError
+
+# Format -> the backend that writes it; the canonical folder is written by none.
+FORMATS = {"safetensors": None, "bin": "pt", "keras": "tf", "flax": "flax"}
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    from visualbert.cli.common import add_source
+
+    parser = commands.add_parser(
+        "convert",
+        help="convert between safetensors, Keras, Orbax and PyTorch files",
+        description="Convert a checkpoint. SRC may be a canonical folder, one that this command "
+        "wrote in another format, or a BERT, which becomes a VisualBERT that starts from it "
+        "(--architecture says which).",
+    )
+    add_source(parser, "src")
+    parser.add_argument("dst", help="folder to write")
+    parser.add_argument("--to", choices=FORMATS, default="safetensors", help="format of DST")
+    parser.add_argument(
+        "--dtype", help="float32, float64, float16 or bfloat16; as in SRC if left out"
+    )
+    parser.add_argument("--new-head", action="store_true", help="draw the task head anew")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that DST holds")
+    parser.add_argument(
+        "--visual-embedding-dim", type=int, metavar="F", help="of a VisualBERT made from a BERT"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of whatever is drawn anew")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what became of every tensor."""
+    from visualbert.cli.common import console, megabytes
+
+    dst = Path(args.dst)
+    _refuse_to_overwrite(dst, args.src, args.force)
+    tensors, config, notes = _prepare(args)
+    size = write(dst, tensors, config, args.to)
+    out = console()
+    out.print(
+        f"{args.src} → {dst} ({args.to}): {config.architectures[0]}, {len(tensors.specs)} tensors, "
+        f"{megabytes(size)}",
+        soft_wrap=True,
+    )
+    for note, names in notes.items():
+        if names:
+            out.print(f"  {note}: {', '.join(names)}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _refuse_to_overwrite(dst: Path, src: str, force: bool) -> None:
+    from visualbert.checkpoint.read import INDEX, SAFETENSORS, TORCH
+    from visualbert.cli.common import NATIVE
+    from visualbert.config import CONFIG_FILE
+
+    if dst.exists() and not dst.is_dir():
+        raise UsageError(f"{dst} is a file; DST must be a folder")
+    held = [CONFIG_FILE, SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX, *NATIVE.values()]
+    found = [name for name in held if (dst / name).exists()]
+    if found and not force:
+        raise UsageError(f"{dst} already holds {', '.join(found)}; pass --force to replace it")
+    if found and Path(src).exists() and dst.samefile(src):
+        raise UsageError(f"{dst} is the source itself; write to another folder")
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Canonical tensors under canonical names, the config for them, and what to tell about them."""
+    from visualbert.checkpoint.initial import InitialValues
+    from visualbert.checkpoint.match import check_ties, match
+    from visualbert.checkpoint.tensors import common_dtype, dtype_name
+    from visualbert.cli.common import choose_architecture, open_any
+    from visualbert.config import CONFIG_FILE, MODEL_TYPE, read_json_object
+    from visualbert.pretrained import find_folder, open_bert
+
+    folder = find_folder(args.src, args.revision)
+    values = read_json_object(folder / CONFIG_FILE)
+    notes: dict[str, Any] = {}
+    if values.get("model_type", MODEL_TYPE) == "bert":
+        if args.architecture is None:
+            raise UsageError(
+                f"{args.src} is a BERT; say with --architecture which VisualBERT it shall become"
+            )
+        changes = (
+            {"visual_embedding_dim": args.visual_embedding_dim} if args.visual_embedding_dim else {}
+        )
+        checkpoint = open_bert(folder, args.architecture, seed=args.seed, **changes)
+        architecture = args.architecture
+        start = checkpoint.tensors
+        notes = {
+            "copied from the text tables": start.derived,
+            "drawn anew": start.fresh,
+            "not needed": start.ignored,
+        }
+    else:
+        if args.visual_embedding_dim:
+            raise UsageError(f"--visual-embedding-dim is for a BERT; {args.src} is a VisualBERT")
+        checkpoint = open_any(args.src, args.revision)
+        architecture = choose_architecture(checkpoint, args.architecture)
+    config = checkpoint.config
+    found = match(checkpoint.tensors, architecture, config, new_head=args.new_head)
+    check_ties(checkpoint.tensors, found)
+    notes.setdefault("not needed", found.ignored)
+    notes.setdefault("drawn anew", found.fresh)
+    chosen = dtype_name(args.dtype) if args.dtype else common_dtype(checkpoint.tensors)
+    extra = {k: v for k, v in config.extra.items() if k not in ("dtype", "torch_dtype")}
+    config = config.replace(architectures=(architecture,), extra={**extra, "dtype": chosen})
+    fresh = InitialValues(architecture, config, args.seed)
+    return Canonical(checkpoint.tensors, found, fresh, chosen), config, notes
+
+
+class Canonical:
+    """`Tensors` under their canonical names and in one type."""
+
+    def __init__(self, tensors: Any, found: Any, fresh: Any, dtype: str) -> None:
+        from visualbert.checkpoint.tensors import Spec
+
+        self.label = tensors.label
+        self.dtype = dtype
+        self._tensors, self._found, self._fresh = tensors, found, fresh
+        self.specs = {name: Spec(fresh.specs[name].shape, dtype) for name in fresh.specs}
+
+    def read(self, name: str) -> Any:
+        from visualbert.checkpoint.tensors import cast
+
+        source = self._found.sources.get(name)
+        array = self._fresh.read(name) if source is None else self._tensors.read(source)
+        return cast(array, self.dtype)
+
+
+def write(dst: Path, tensors: Any, config: Any, to: str) -> int:
+    """Write `tensors` to `dst` in the format `to`, atomically; the bytes that were written."""
+    from visualbert.backend import get_backend
+    from visualbert.checkpoint.write import replace_files, write_safetensors
+    from visualbert.cli.common import byte_progress, spec_bytes
+    from visualbert.config import CONFIG_FILE
+    from visualbert.pretrained import fill
+
+    def write_config(path: Path) -> None:
+        path.write_text(config.to_json_string(), encoding="utf-8")
+
+    name = FORMATS[to]
+    with byte_progress(f"writing {dst}", tensors) as progress:
+        if name is None:
+            from visualbert.checkpoint.read import SAFETENSORS
+
+            writers: dict[str, Any] = {
+                SAFETENSORS: lambda path: write_safetensors(path, tensors, progress)
+            }
+        else:
+            backend = get_backend(name)
+            model = backend.create(config.architectures[0], config, tensors.dtype)
+            fill(backend, model, _Counted(tensors, progress))
+            writers = {backend.native: lambda path: backend.save_native(model, path)}
+        replace_files(dst, {**writers, CONFIG_FILE: write_config})
+    return sum(spec_bytes(spec) for spec in tensors.specs.values())
+
+
+class _Counted:
+    """`Tensors` that tell a progress bar what was read."""
+
+    def __init__(self, tensors: Any, progress: Any) -> None:
+        self.label, self.specs = tensors.label, tensors.specs
+        self._tensors, self._progress = tensors, progress
+
+    def read(self, name: str) -> Any:
+        array = self._tensors.read(name)
+        self._progress(array.nbytes)
+        return array
+
+
+__all__ = ["FORMATS", "Canonical", "CheckpointError", "register", "run", "write"]
