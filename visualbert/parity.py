@@ -23,8 +23,8 @@ from visualbert.inputs.contract import INPUTS, is_floating
 from visualbert.pretrained import Checkpoint, ModelTensors, load_model, save_model
 from visualbert.schema import BODY, parameters
 
-# Largest difference between two backends, by the type they compute in. float64 is the proof: a wrong
-# activation or epsilon stands far above its rounding, while float32's rounding can hide one.
+# Largest difference between two backends, by the type they compute in. float64 is the proof: a
+# wrong activation or epsilon stands far above its rounding, while float32's can hide one.
 TOLERANCES = {"float64": 1e-9, "float32": 1e-5}
 REFERENCE = "transformers"
 _HIDDEN = -1e30  # scores of masked regions: any number below means "not visible"
@@ -109,7 +109,8 @@ def _pretraining_labels(rng: Any, config: VisualBertConfig, inputs: Any) -> dict
 
 
 def _phrase_labels(rng: Any, config: VisualBertConfig, inputs: Any) -> dict[str, np.ndarray]:
-    positions = rng.integers(0, inputs["input_ids"].shape[1], (BATCH, PHRASES))
+    tokens = inputs.get("attention_mask", np.ones_like(inputs["input_ids"]))
+    positions = np.stack([rng.choice(np.flatnonzero(row), PHRASES) for row in tokens])
     positions[0, -1] = -1
     shape = (BATCH, PHRASES, inputs["visual_embeds"].shape[1])
     targets = rng.random(shape) * inputs.get("visual_attention_mask", np.ones((BATCH, 1)))[:, None]
@@ -179,7 +180,7 @@ class Difference:
 
     @property
     def scaled(self) -> float:
-        """The error, by the array's largest value where that is above one: what rounding scales with."""
+        """The error, by the array's largest value where that is above one, as rounding goes."""
         return self.error / max(1.0, self.size)
 
 

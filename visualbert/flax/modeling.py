@@ -270,13 +270,14 @@ class Encoder(nnx.Module):
 
 
 class Pooler(nnx.Module):
-    """A dense layer with tanh on the first position."""
+    """A dense layer with tanh on the first token."""
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.dense = Linear(config.hidden_size, config.hidden_size, **kw)
 
-    def __call__(self, hidden_states):
-        return jnp.tanh(self.dense(hidden_states[:, 0]))  # B H
+    def __call__(self, hidden_states, text_mask=None):
+        first = first_token(hidden_states, text_mask)
+        return jnp.tanh(self.dense(first))  # B H
 
 
 class PredictionHeadTransform(nnx.Module):
@@ -466,7 +467,7 @@ class FlaxVisualBertModel(PreTrainedModel):
             )
         return model_output(
             last_hidden_state=hidden_states[-1],
-            pooler_output=self.pooler(hidden_states[-1]),
+            pooler_output=self.pooler(hidden_states[-1], text_mask),
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
@@ -850,6 +851,13 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
     text_mask = ones[:, :text_length] if text_mask is None else text_mask != 0
     visual_mask = ones[:, text_length:] if visual_mask is None else visual_mask != 0
     return jnp.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
+
+
+def first_token(hidden_states, text_mask):
+    """(B, H): the first position that is no padding."""
+    if text_mask is None:
+        return hidden_states[:, 0]
+    return gather(hidden_states, (text_mask != 0).argmax(1)[:, None])[:, 0]
 
 
 def gather(hidden_states, positions):

@@ -266,14 +266,15 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    """A dense layer with tanh on the first position."""
+    """A dense layer with tanh on the first token."""
 
     def __init__(self, config: VisualBertConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states):
-        return torch.tanh(self.dense(hidden_states[:, 0]))  # B H
+    def forward(self, hidden_states, text_mask=None):
+        first = first_token(hidden_states, text_mask)
+        return torch.tanh(self.dense(first))  # B H
 
 
 class PredictionHeadTransform(nn.Module):
@@ -478,7 +479,7 @@ class VisualBertModel(PreTrainedModel):
             )
         return model_output(
             last_hidden_state=hidden_states[-1],
-            pooler_output=self.pooler(hidden_states[-1]),
+            pooler_output=self.pooler(hidden_states[-1], text_mask),
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
@@ -865,18 +866,24 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
     return torch.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
 
 
+def first_token(hidden_states, text_mask):
+    """(B, H): the first position that is no padding."""
+    if text_mask is None:
+        return hidden_states[:, 0]
+    return gather(hidden_states, (text_mask != 0).long().argmax(1)[:, None])[:, 0]
+
+
 def gather(hidden_states, positions):
     """(B, E, H): the hidden states at (B, E) positions."""
-    return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
+    index = positions[..., None].expand(-1, -1, hidden_states.shape[-1])  # B E H
+    return hidden_states.gather(1, index)  # `take_along_dim` would fix the sizes in `torch.export`
 
 
 def cross_entropy(logits, labels):
     """Mean over the labels that are not negative; zero where there are none."""
     valid = labels >= 0
     log_probs = torch.log_softmax(at_least_float32(logits), dim=-1)
-    picked = torch.take_along_dim(log_probs, torch.where(valid, labels, 0)[..., None], dim=-1)[
-        ..., 0
-    ]
+    picked = log_probs.gather(-1, torch.where(valid, labels, 0)[..., None])[..., 0]
     return -torch.where(valid, picked, 0.0).sum() / valid.sum().clip(1)
 
 

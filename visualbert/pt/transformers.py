@@ -14,7 +14,7 @@ import transformers
 
 from visualbert.backend import flatten_outputs
 from visualbert.config import VisualBertConfig
-from visualbert.inputs.contract import is_floating
+from visualbert.inputs.contract import INPUTS, is_floating
 from visualbert.pt.backend import TorchBackend, to_numpy
 from visualbert.schema import ARCHITECTURES, BODY
 
@@ -70,16 +70,12 @@ def adapt(architecture: str, config: Any, inputs: Mapping[str, Any]) -> dict[str
         raise NotComparable("its bypass_transformer raises IndexError")
     if architecture == "VisualBertForMultipleChoice" and "image_text_alignment" in inputs:
         raise NotComparable("it does not flatten image_text_alignment")
-    if (
-        architecture == "VisualBertForQuestionAnswering"
-        and mask is not None
-        and not np.all(np.asarray(mask)[:, 0])
-    ):
-        raise NotComparable("it reads the wrong token under left padding")
+    if mask is not None and not np.all(np.asarray(mask)[..., 0]):
+        raise NotComparable("under left padding it pools, and answers from, the wrong token")
     adapted = {name: _tensor(architecture, name, x) for name, x in inputs.items() if x is not None}
     if architecture == "VisualBertForMultipleChoice":
         _add_choices(adapted)
-    _add_masks(adapted)
+    _add_masks(architecture, adapted)
     if architecture == "VisualBertForPreTraining" and "labels" in adapted:
         adapted["labels"] = _full_length(adapted)
     return adapted
@@ -89,17 +85,11 @@ def _tensor(architecture: str, name: str, x: Any) -> Any:
     if isinstance(x, bool):
         return x
     tensor = torch.as_tensor(np.asarray(x))
-    owner = BODY if name not in _own_inputs(architecture) else architecture
+    owner = architecture if name in INPUTS[architecture] else BODY
     if is_floating(owner, name):
         return tensor
     tensor = tensor.long()
     return torch.where(tensor == -1, -100, tensor) if "labels" in name else tensor
-
-
-def _own_inputs(architecture: str) -> Mapping[str, Any]:
-    from visualbert.inputs.contract import INPUTS
-
-    return INPUTS[architecture]
 
 
 def _add_choices(adapted: dict[str, Any]) -> None:
@@ -114,20 +104,20 @@ def _add_choices(adapted: dict[str, Any]) -> None:
             adapted[name] = x[:, None].expand(x.shape[0], choices, *x.shape[1:]).contiguous()
 
 
-def _add_masks(adapted: dict[str, Any]) -> None:
+def _add_masks(architecture: str, adapted: dict[str, Any]) -> None:
     adapted.setdefault("attention_mask", torch.ones_like(adapted["input_ids"]))
     if "visual_embeds" in adapted:
         ones = torch.ones(adapted["visual_embeds"].shape[:-1], dtype=torch.long)
         adapted.setdefault("visual_attention_mask", ones)
-    else:
+    elif architecture == "VisualBertForPreTraining":
         # Its pretraining loss asks for the length of a mask that text alone does not have.
         adapted.setdefault("visual_attention_mask", torch.ones_like(adapted["input_ids"])[..., :0])
 
 
 def _full_length(adapted: dict[str, Any]) -> Any:
     labels = adapted["labels"]
-    missing = adapted["attention_mask"].shape[1] + adapted["visual_attention_mask"].shape[1]
-    padding = labels.new_full((labels.shape[0], missing - labels.shape[1]), -100)
+    total = adapted["attention_mask"].shape[1] + adapted["visual_attention_mask"].shape[1]
+    padding = labels.new_full((labels.shape[0], total - labels.shape[1]), -100)
     return torch.cat([labels, padding], dim=1)
 
 

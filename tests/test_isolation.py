@@ -1,0 +1,119 @@
+"""Importing the package imports no framework, and each framework works with the other two absent."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import BACKENDS, make_model, tiny_config
+
+FRAMEWORKS = {
+    "pt": ("torch",),
+    "tf": ("tensorflow", "keras"),
+    "flax": ("jax", "jaxlib", "flax"),
+}
+
+BLOCK = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"blocked: {{name}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+found = importlib.util.find_spec
+def find_spec(name, package=None):
+    return None if name.split(".")[0] in {blocked} else found(name, package)
+importlib.util.find_spec = find_spec
+"""
+
+WORK = """
+import numpy as np
+import visualbert
+from visualbert.cli import main
+
+model = visualbert.load({source!r}, {backend!r})
+inputs = {{
+    "input_ids": np.array([[2, 7, 9, 3]]),
+    "visual_embeds": np.ones((1, 5, 20), np.float32),
+    "labels": np.array([1]),
+}}
+backend = visualbert.get_backend({backend!r})
+first = backend.call(model, inputs)["logits"]
+backend.gradients(model, inputs)
+model.save_pretrained({target!r})
+again = visualbert.load({target!r}, {backend!r})
+assert np.array_equal(first, backend.call(again, inputs)["logits"])
+fresh = type(model)(model.config)
+assert main(["inspect", {target!r}]) == 0
+assert main(["verify", {target!r}, "--backends", {backend!r}]) == 0
+assert visualbert.backend_names(installed=True) == [{backend!r}]
+loaded = {{name.split(".")[0] for name in sys.modules}} & {blocked}
+assert not loaded, loaded
+print("done")
+"""
+
+
+def run(code):
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_framework_is_enough(backend, tmp_path):
+    make_model("pt", "VisualBertForVisualReasoning", tiny_config()).save_pretrained(tmp_path / "a")
+    blocked = {m for name, ms in FRAMEWORKS.items() if name != backend for m in ms}
+    blocked |= {"transformers"}
+    work = WORK.format(
+        source=str(tmp_path / "a"), target=str(tmp_path / "b"), backend=backend, blocked=blocked
+    )
+    assert run(BLOCK.format(blocked=blocked) + work).endswith("done\n")
+
+
+def test_without_any_framework(tmp_path):
+    make_model("pt", "VisualBertModel", tiny_config()).save_pretrained(tmp_path / "a")
+    blocked = {m for ms in FRAMEWORKS.values() for m in ms} | {"transformers"}
+    code = (
+        BLOCK.format(blocked=blocked)
+        + f"""
+import visualbert
+from visualbert.cli import main
+assert main(["inspect", {str(tmp_path / "a")!r}]) == 0
+assert main(["convert", {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "--dtype", "bfloat16"]) == 0
+for name, extra in (("VisualBertModel", "pt"), ("TFVisualBertModel", "tf"), ("FlaxVisualBertModel", "flax")):
+    try:
+        getattr(visualbert, name)
+    except ImportError as error:
+        assert f"pip install visualbert[{{extra}}]" in str(error), error
+    else:
+        raise AssertionError(name)
+print("done")
+"""
+    )
+    assert run(code).endswith("done\n")
+
+
+def test_importing_is_light():
+    code = """
+import json, sys
+before = set(sys.modules)
+import visualbert
+visualbert.__all__, dir(visualbert)
+print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
+"""
+    heavy = {"torch", "tensorflow", "keras", "jax", "flax", "transformers", "numpy", "safetensors"}
+    assert not heavy & set(json.loads(run(code)))
+
+
+def test_every_public_name_exists():
+    import visualbert
+
+    for name in visualbert.__all__:
+        assert getattr(visualbert, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'VisualBertForVqa'"):
+        visualbert.VisualBertForVqa  # noqa: B018
