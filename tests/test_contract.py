@@ -1,8 +1,11 @@
-"""What every backend owes, run on each of them unchanged: the protocol, the files, the behaviours."""
+"""What every backend owes, run on each of them unchanged: the protocol, the files, the
+behaviours.
+"""
 
 import numpy as np
 import pytest
 from tiny import BACKENDS, make_model, random_tensors, tiny_config
+
 from visualbert import CheckpointError, MissingBackendError, get_backend, load
 from visualbert.backend import native_name
 from visualbert.checkpoint.initial import InitialValues

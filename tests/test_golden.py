@@ -1,4 +1,6 @@
-"""All three frameworks against numbers computed by the original authors' code, late fusion included."""
+"""All three frameworks against numbers computed by the original authors' code, late fusion
+included.
+"""
 
 import functools
 from pathlib import Path
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from tiny import BACKENDS, make_model
+
 from visualbert import VisualBertConfig, get_backend
 from visualbert.backend import native_name, to_native
 from visualbert.checkpoint.tensors import ArrayTensors

@@ -1,4 +1,6 @@
-"""Importing the package imports no framework, and each framework works with the other two absent."""
+"""Importing the package imports no framework, and each framework works with the other two
+absent.
+"""
 
 import json
 import subprocess
@@ -84,9 +86,9 @@ def test_without_any_framework(tmp_path):
 import visualbert
 from visualbert.cli import main
 assert main(["inspect", {str(tmp_path / "a")!r}]) == 0
-assert main(["convert", {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "--dtype", "bfloat16"]) == 0
-for name, extra in (("VisualBertModel", "pt"), ("TFVisualBertModel", "tf"), ("FlaxVisualBertModel", "flax")):
-    try:
+assert main(["convert", {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "--dtype", "bfloat16"]) ==
+0 for name, extra in (("VisualBertModel", "pt"), ("TFVisualBertModel", "tf"),
+    ("FlaxVisualBertModel", "flax")): try:
         getattr(visualbert, name)
     except ImportError as error:
         assert f"pip install visualbert[{{extra}}]" in str(error), error

@@ -1,6 +1,7 @@
 """The frameworks give the same numbers, and the comparison that says so can fail.
 
-float64: outputs, hidden states, attentions, losses and every gradient within 1e-9; float32 within 1e-5,
+float64: outputs, hidden states, attentions, losses and every gradient within 1e-9; float32 within
+    1e-5,
 both absolute.
 """
 
@@ -10,6 +11,7 @@ import itertools
 import numpy as np
 import pytest
 from tiny import BACKENDS, make_model, random_tensors, tiny_config
+
 from visualbert import get_backend
 from visualbert.checkpoint.tensors import ArrayTensors
 from visualbert.parity import CASES, TOLERANCES, applicable, compare, make_inputs, run

@@ -1,8 +1,11 @@
-"""The table of parameters against transformers' own classes, and the initial values drawn from it."""
+"""The table of parameters against transformers' own classes, and the initial values drawn from
+it.
+"""
 
 import numpy as np
 import pytest
 from tiny import tiny_config
+
 from visualbert.checkpoint.initial import InitialValues
 from visualbert.errors import ConfigError
 from visualbert.schema import ARCHITECTURES, Kind, parameters

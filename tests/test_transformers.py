@@ -1,9 +1,12 @@
-"""Against transformers in both directions: its folders load here, ours load there, the numbers agree."""
+"""Against transformers in both directions: its folders load here, ours load there, the numbers
+agree.
+"""
 
 import json
 
 import pytest
 from tiny import BACKENDS, make_model, tiny_config
+
 from visualbert import get_backend, load
 from visualbert.parity import CASES, TOLERANCES, applicable, compare, make_inputs, run
 from visualbert.schema import ARCHITECTURES

@@ -1,4 +1,6 @@
-"""What the tests share: a configuration whose sizes all differ, and values without zeros or ones."""
+"""What the tests share: a configuration whose sizes all differ, and values without zeros or
+ones.
+"""
 
 import numpy as np
 

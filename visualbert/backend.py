@@ -111,7 +111,8 @@ def get_backend(name: str) -> Backend:
 
     Raises:
         UsageError: there is none of that name.
-        MissingBackendError: its framework is not installed; the sentence says how to install it.
+        MissingBackendError: its framework is not installed, or not whole; the sentence says how to
+            install it.
     """
     home = {**_BACKENDS, **_REFERENCES}.get(name)
     if home is None:
@@ -123,7 +124,15 @@ def get_backend(name: str) -> Backend:
         return third[name].load()
     if importlib.util.find_spec(home.needs) is None:
         raise MissingBackendError(f"backend {name!r} needs {home.needs}: {home.install}")
-    return importlib.import_module(home.module).backend
+    try:
+        return importlib.import_module(home.module).backend
+    except MissingBackendError:
+        raise
+    except ImportError as error:
+        raise MissingBackendError(
+            f"backend {name!r} cannot be imported ({error}); {home.install} mends an incomplete "
+            "installation"
+        ) from error
 
 
 def native_name(backend: Backend, param: Param) -> str:

@@ -6,8 +6,11 @@ not know, so a config.json written by transformers comes back with nothing lost.
 """
 
 import dataclasses
+import difflib
 import json
 import os
+import reprlib
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +31,19 @@ _AT_LEAST_ONE = (
     "intermediate_size",
     "max_position_embeddings",
     "type_vocab_size",
-    "num_labels",
 )
 _LARGEST = 2**31 - 1
+_MOST_LABELS = 2**20
+_LABELS = ("num_labels", "id2label", "label2id")  # what goes when the labels change
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_JSON_WORDS = {
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +102,7 @@ class VisualBertConfig:
     bos_token_id: int | None = None
     eos_token_id: Any = field(default=None, hash=False)
     tie_word_embeddings: bool = True
-    num_labels: int | None = None
+    num_labels: int = None  # type: ignore[assignment]  # settled in __post_init__
     id2label: Mapping[int, str] | None = field(default=None, hash=False, repr=False)
     architectures: tuple[str, ...] | None = None
     output_attentions: bool = False
@@ -100,9 +112,8 @@ class VisualBertConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._check_collections()
         self._settle_labels()
-        if self.architectures is not None:
-            object.__setattr__(self, "architectures", tuple(self.architectures))
         self._check_values()
 
     @property
@@ -112,19 +123,20 @@ class VisualBertConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> "VisualBertConfig":
-        """The config that `values` (a parsed config.json) describes, with `changes` on top."""
-        known = {f.name for f in dataclasses.fields(cls)} - {"extra", "attn_implementation"}
-        fields = {key: value for key, value in values.items() if key in known}
-        extra = {key: value for key, value in values.items() if key not in known}
-        labels = fields.get("id2label")
-        if isinstance(labels, Mapping):
-            fields["id2label"] = _integer_keys(labels)
-        if "num_labels" in changes and "id2label" not in changes:
-            fields.pop("id2label", None)
-            extra.pop("label2id", None)
-        unknown = sorted(set(changes) - known - {"attn_implementation"})
-        if unknown:
-            raise ConfigError(f"VisualBertConfig has no field {', '.join(map(repr, unknown))}")
+        """The config that `values` (a parsed config.json) describes, with `changes` on top.
+
+        Raises:
+            ConfigError: as the class, or a change that is no field.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"expected a mapping of fields, got {reprlib.repr(values)}")
+        known = _field_names() - {"extra", "attn_implementation"}
+        _refuse_unknown(changes, known | {"attn_implementation"})
+        labels = values.get("id2label")
+        count = len(labels) if isinstance(labels, Mapping) else values.get("num_labels")
+        stale = _LABELS if _relabels(changes, count) else ()
+        fields = {key: x for key, x in values.items() if key in known and key not in stale}
+        extra = {key: x for key, x in values.items() if key not in known and key not in stale}
         return cls(**{**fields, **changes}, extra=extra)
 
     @classmethod
@@ -135,7 +147,7 @@ class VisualBertConfig:
             ConfigError: the file is missing, is not a JSON object, or describes another model.
         """
         path = Path(folder)
-        path = path / CONFIG_FILE if path.is_dir() else path
+        path = path / CONFIG_FILE if os.path.isdir(path) else path
         values = read_json_object(path)
         found = values.get("model_type", MODEL_TYPE)
         if found != MODEL_TYPE:
@@ -160,58 +172,86 @@ class VisualBertConfig:
                 del values[name]
         if self.id2label is not None:
             values["id2label"] = {str(index): name for index, name in self.id2label.items()}
-            values["label2id"] = {name: index for index, name in self.id2label.items()}
+            values["label2id"] = _inverse(self.id2label)
         return {**values, **self.extra}
 
     def to_json_string(self) -> str:
-        """`to_dict` as JSON text with sorted keys, as transformers writes it."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        """`to_dict` as JSON text with sorted keys, as transformers writes it.
+
+        Raises:
+            ConfigError: `extra` holds what JSON cannot.
+        """
+        try:
+            return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"the configuration cannot be written as JSON: {error}") from None
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write `folder`/config.json, atomically."""
         from visualbert.checkpoint.write import replace_files
 
-        replace_files(folder, {CONFIG_FILE: lambda path: path.write_text(self.to_json_string())})
+        text = self.to_json_string()
+        replace_files(folder, {CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8")})
 
     def replace(self, **changes: Any) -> "VisualBertConfig":
-        """A copy with some fields changed."""
-        if "num_labels" in changes and "id2label" not in changes:
-            changes["id2label"] = None
-        elif "id2label" in changes and "num_labels" not in changes:
-            changes["num_labels"] = None
+        """A copy with some fields changed; the labels' names go where their number changes.
+
+        Raises:
+            ConfigError: as the class, or a change that is no field.
+        """
+        _refuse_unknown(changes, _field_names())
+        if _relabels(changes, self.num_labels):
+            extra = {key: value for key, value in self.extra.items() if key not in _LABELS}
+            changes = {"num_labels": None, "id2label": None, "extra": extra, **changes}
         return dataclasses.replace(self, **changes)
 
     def _check_types(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             kinds = [kind for kind in (int, float, bool, str) if f.type in (kind, kind | None)]
-            if not kinds or (value is None and f.type not in (int, float, bool, str)):
+            optional = f.default is None or f.type not in (int, float, bool, str)
+            if not kinds or (value is None and optional):
                 continue
             kind = kinds[0]
             fits = isinstance(value, (int, float) if kind is float else kind)
             if not fits or (isinstance(value, bool) and kind is not bool):
-                raise ConfigError(f"{f.name} must be {_WORDS[kind]}, got {value!r}")
+                raise ConfigError(f"{f.name} must be {_WORDS[kind]}, got {reprlib.repr(value)}")
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigError(f"{f.name} must be {_WORDS[kind]} of at most 64 bits")
+
+    def _check_collections(self) -> None:
+        names = self.architectures
+        if names is not None:
+            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+                raise ConfigError(
+                    f"architectures must be a list of class names, got {reprlib.repr(names)}"
+                )
+            object.__setattr__(self, "architectures", tuple(names))
+        if not isinstance(self.extra, Mapping):
+            raise ConfigError(f"extra must be a mapping, got {reprlib.repr(self.extra)}")
+        twice = sorted(self.extra.keys() & (_field_names() - {"extra", "attn_implementation"}))
+        if twice:
+            raise ConfigError(f"extra holds {twice[0]!r}, which is a field of its own")
 
     def _settle_labels(self) -> None:
-        names = self.id2label
-        if names is not None:
-            if not isinstance(names, Mapping) or sorted(names) != list(range(len(names))):
-                raise ConfigError("id2label must name every label from 0 up, without a gap")
-            if self.num_labels not in (None, len(names)):
-                raise ConfigError(
-                    f"num_labels={self.num_labels} contradicts id2label, which names "
-                    f"{len(names)} labels"
-                )
-            object.__setattr__(self, "id2label", dict(names))
-            object.__setattr__(self, "num_labels", len(names))
-        elif self.num_labels is None:
-            object.__setattr__(self, "num_labels", 2)
-        elif (
-            self.num_labels != 2
-            and isinstance(self.num_labels, int)
-            and 0 < self.num_labels < 2**24
-        ):
-            object.__setattr__(self, "id2label", {i: f"LABEL_{i}" for i in range(self.num_labels)})
+        names = None if self.id2label is None else _label_names(self.id2label)
+        count = self.num_labels
+        if count is None:
+            count = 2 if names is None else len(names)
+        if not 1 <= count <= _MOST_LABELS:
+            raise ConfigError(f"num_labels={count} must lie between 1 and {_MOST_LABELS}")
+        if names is None and count != 2:
+            names = {i: f"LABEL_{i}" for i in range(count)}
+        if names is not None and len(names) != count:
+            raise ConfigError(
+                f"num_labels={count} contradicts id2label, which names {len(names)} "
+                f"label{'s' * (len(names) != 1)}; give one of the two"
+            )
+        derived = {"model_type": MODEL_TYPE, "label2id": _inverse(names)}
+        extra = {k: v for k, v in self.extra.items() if k not in derived or v != derived[k]}
+        object.__setattr__(self, "id2label", names)
+        object.__setattr__(self, "num_labels", count)
+        object.__setattr__(self, "extra", extra)
 
     def _check_values(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -239,8 +279,8 @@ class VisualBertConfig:
                 )
         if not self.tie_word_embeddings:
             raise ConfigError(
-                "tie_word_embeddings=False is not VisualBERT: the decoder of its language-model head "
-                "is the word table; set it to true"
+                "tie_word_embeddings=False is not VisualBERT, whose language-model head decodes "
+                "with the word table; set it to true"
             )
 
 
@@ -251,24 +291,57 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, too large, or not a JSON object.
     """
     try:
-        if path.stat().st_size > 64 * 2**20:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{path}: not a file, so there is no JSON to read")
+        if found.st_size > 64 * 2**20:
             raise ConfigError(f"{path}: a JSON file of more than 64 MiB is not a configuration")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; a checkpoint folder needs a {path.name}"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        raise ConfigError(f"{path}: no such file; a checkpoint folder needs one") from None
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object, found {_JSON_WORDS[type(values)]}")
     return values
 
 
-def _integer_keys(labels: Mapping[Any, Any]) -> dict[int, Any]:
-    try:
-        return {int(key): value for key, value in labels.items()}
-    except (TypeError, ValueError):
-        raise ConfigError("id2label must map label numbers to names") from None
+def _field_names() -> set[str]:
+    return {f.name for f in dataclasses.fields(VisualBertConfig)}
+
+
+def _refuse_unknown(changes: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(changes) - known)
+    if not unknown:
+        return
+    close = difflib.get_close_matches(unknown[0], known, 1)
+    raise ConfigError(
+        f"VisualBertConfig has no field {', '.join(map(repr, unknown))}"
+        + (f"; did you mean {close[0]!r}?" if close else "")
+    )
+
+
+def _relabels(changes: Mapping[str, Any], count: Any) -> bool:
+    """Whether `changes` leave the names of `count` labels without a meaning."""
+    return "id2label" in changes or changes.get("num_labels", count) != count
+
+
+def _inverse(names: Mapping[int, str] | None) -> dict[str, int] | None:
+    return None if names is None else {name: index for index, name in names.items()}
+
+
+def _label_names(labels: Any) -> dict[int, str]:
+    """`id2label` with integer keys, in order; JSON has them as text."""
+    if not isinstance(labels, Mapping) or not all(isinstance(n, str) for n in labels.values()):
+        raise ConfigError(f"id2label must map label numbers to names, got {reprlib.repr(labels)}")
+    names = {str(number): name for number, name in labels.items()}
+    if set(names) != {str(i) for i in range(len(labels))}:
+        raise ConfigError(
+            "id2label must name every label from 0 up, each once and without a gap, got the "
+            f"numbers {reprlib.repr(list(labels))}"
+        )
+    return {i: names[str(i)] for i in range(len(names))}

@@ -35,6 +35,9 @@ class ModelOutput(dict):
             return None
         raise AttributeError(f"{type(self).__name__} has no {name!r}; present: {', '.join(self)}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             return super().__getitem__(key)

@@ -1,8 +1,7 @@
 """from_pretrained and save_pretrained, written once for every framework.
 
 A load is always the same four steps: find the files, match them with the table, create the model,
-    match
-it with the table too, and only then write. A failed load leaves nothing behind.
+match it with the table too, and only then write. A failed load leaves nothing behind.
 """
 
 import os
@@ -22,7 +21,14 @@ from visualbert.checkpoint.read import (
     TORCH,
     read_weights,
 )
-from visualbert.checkpoint.tensors import Spec, Tensors, cast, common_dtype, dtype_name
+from visualbert.checkpoint.tensors import (
+    ArrayTensors,
+    Spec,
+    Tensors,
+    cast,
+    common_dtype,
+    dtype_name,
+)
 from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
 from visualbert.checkpoint.write import write_folder
 from visualbert.config import CONFIG_FILE, VisualBertConfig, read_json_object
@@ -108,8 +114,9 @@ class PreTrained:
     def initialise(self, seed: int | None) -> None:
         """Set every parameter to its initial value; None leaves them to whoever fills them next."""
         if seed is not None:
+            backend = get_backend(self.framework)
             values = InitialValues(self.architecture, self.config, seed)
-            fill(get_backend(self.framework), self, values)
+            _fill(backend, self, values, {name: name for name in values.specs}, None, (), None)
 
 
 @dataclass(frozen=True)
@@ -144,13 +151,17 @@ def open_bert(
     """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from
     it.
     """
+    check_architecture(architecture)
     folder = find_folder(source, revision)
     values = read_json_object(folder / CONFIG_FILE)
     if values.get("model_type", "bert") != "bert":
         raise ConfigError(
             f"{folder / CONFIG_FILE}: model_type is {values['model_type']!r}, expected 'bert'"
         )
-    config = config_from_bert(values, **changes)
+    try:
+        config = config_from_bert(values, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from None
     bert = read_weights(folder, str(source))
     return Checkpoint(str(source), config, WarmStart(bert, architecture, config, seed), folder)
 
@@ -162,12 +173,13 @@ def find_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
         CheckpointError: `source` looks like a path and is not there.
         HubError: it looks like a Hub id and cannot be had.
     """
-    path = Path(source)
-    if path.is_dir():
+    path, name = Path(source), os.fspath(source)
+    if not name.strip():
+        raise CheckpointError("the checkpoint's name is empty; expected a folder or a Hub id")
+    if os.path.isdir(path):
         return path
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; expected a folder with {CONFIG_FILE} and weights")
-    name = str(source)
+    if os.path.exists(path):
+        raise CheckpointError(f"{name} is a file; expected a folder with {CONFIG_FILE} and weights")
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local or name.endswith("/"):
         raise CheckpointError(f"{name}: no such folder")
@@ -176,7 +188,7 @@ def find_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
 
 def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     patterns = [CONFIG_FILE, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
     pickles = [TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
@@ -191,13 +203,26 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{name}: no such folder, and not a Hub id of the form owner/name"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[0].split())
+    except Exception as error:  # the client raises what a proxy's answer makes it trip over
         at = f" at revision {revision}" if revision else ""
         raise HubError(
-            f"{name}: no such folder here, and the Hub did not give it{at} ({reason}); check the "
-            "name and the connection, or pass a local folder"
+            f"{name}: no such folder here, and the Hub did not give it{at} ({_hub_reason(error)}); "
+            "check the name and the connection, or pass a local folder"
         ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    known = (
+        (errors.GatedRepoError, "access to this repository has to be asked for there"),
+        (errors.RepositoryNotFoundError, "no such repository, or it is private: hf auth login"),
+        (errors.RevisionNotFoundError, "the repository has no such revision"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError, "it cannot be reached, and nothing is in the cache"),
+    )
+    reason = next((words for kind, words in known if isinstance(error, kind)), None)
+    return reason or (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
 
 def load(
@@ -217,7 +242,7 @@ def load(
     chosen = get_backend(backend)
     folder = find_folder(source, revision)
     config = VisualBertConfig.from_pretrained(folder)
-    cls = chosen.models[architecture_of(config, str(source))]
+    cls: Any = chosen.models[architecture_of(config, str(source))]
     return cls.from_pretrained(folder, **options)
 
 
@@ -259,9 +284,15 @@ def load_model(
 
 
 def fill(backend: Backend, model: Any, tensors: Tensors) -> None:
-    """Set every parameter of `model` from canonically named `tensors`; its dtypes stay."""
+    """Set every parameter of `model` from canonically named `tensors`; its dtypes stay.
+
+    Raises:
+        CheckpointError: they do not fit or cannot be read; the model is as it was.
+    """
     found = match(tensors, model.architecture, model.config, backend=backend.name)
-    _fill(backend, model, tensors, found.sources, None, (), None)
+    check_ties(tensors, found)
+    arrays = {name: tensors.read(name) for name in found.sources.values()}
+    _fill(backend, model, ArrayTensors(tensors.label, arrays), found.sources, None, (), None)
 
 
 def _fill(

@@ -10,6 +10,7 @@ import numpy as np
 
 from visualbert.checkpoint.tensors import Spec
 from visualbert.config import VisualBertConfig
+from visualbert.errors import UsageError
 from visualbert.schema import COPIED, PREFIX, Kind, parameters
 
 _CONSTANTS = {Kind.BIAS: 0.0, Kind.SHIFT: 0.0, Kind.SCALE: 1.0}
@@ -20,9 +21,14 @@ class InitialValues:
 
     With `config.special_visual_initialize` the visual segment and position tables are copies of the
     text tables (the original's `special_intialize`).
+
+    Raises:
+        UsageError: the seed is not a whole number from 0 up.
     """
 
     def __init__(self, architecture: str, config: VisualBertConfig, seed: int = 0) -> None:
+        if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+            raise UsageError(f"seed={seed!r} must be an integer from 0 up")
         self.label = f"initial values, seed {seed}"
         self._config = config
         self._seed = seed

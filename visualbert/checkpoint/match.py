@@ -27,6 +27,10 @@ from visualbert.schema import (
     parameters,
 )
 
+_SHOWN_LEAVES = 4
+_SHOWN_MISMATCHES = 6
+_HEAD_NAMES = frozenset(p.name for head in HEADS.values() for p in head)
+
 
 @dataclass(frozen=True)
 class Match:
@@ -59,19 +63,21 @@ def match(
         CheckpointError: a tensor is missing, unexpected, of another shape, or not floating-point.
     """
     table = {p.name: p for p in parameters(architecture, config)}
-    names = _canonical(tensors.specs, architecture)
+    names, doubled = _canonical(tensors.specs, architecture)
     ignored = [names.pop(name) for name in list(names) if name in IGNORED]
-    ties = _pop_ties(names, architecture)
+    ties = _pop_ties(names, table, architecture)
     fresh = tuple(name for name, p in table.items() if new_head and is_head(p))
-    heads_of_others = {
-        name for name in names if (new_head or architecture == BODY) and owner_of(name) is not None
-    }
-    ignored += [names.pop(name) for name in heads_of_others - (set(table) - set(fresh))]
     wanted = {name: p for name, p in table.items() if name not in fresh}
+    if new_head or architecture == BODY:
+        unneeded = [n for n in names if n not in wanted and owner_of(TIED.get(n, n))]
+        ignored += [names.pop(name) for name in unneeded]
 
+    layers, explained = _wrong_layers(names, wanted, config)
     problems = [
-        *_missing(name for name in wanted if name not in names),
-        *_unexpected(name for name in names if name not in wanted),
+        *doubled,
+        *_missing(n for n in wanted if n not in names and n not in explained),
+        *_unexpected({n: names[n] for n in names if n not in wanted and n not in explained}),
+        *layers,
         *_mismatched(tensors, wanted, names, config),
     ]
     if problems:
@@ -90,23 +96,31 @@ def check_ties(tensors: Tensors, found: Match) -> None:
     for repeated, original in found.ties.items():
         if not np.array_equal(tensors.read(repeated), tensors.read(original), equal_nan=True):
             raise CheckpointError(
-                f"{tensors.label!r}: {repeated} differs from {original}, but VisualBERT's "
-                "decoder is tied to its word table; untie neither, or drop the decoder from the file"
+                f"{tensors.label!r}: {repeated} differs from {original}, of which VisualBERT's "
+                "tied decoder can keep only one; remove the one that was not trained from the file"
             )
 
 
-def _canonical(names: Iterable[str], architecture: str) -> dict[str, str]:
-    """Today's name of every tensor, with or without the body's prefix as `architecture` has it."""
-    renamed = {_rename(name): name for name in names}
-    headless = not any(name.startswith(PREFIX) for name in renamed)
-    if architecture == BODY:
-        return {name.removeprefix(PREFIX): original for name, original in renamed.items()}
-    if headless:
-        return {
-            name if owner_of(name) else PREFIX + name: original
-            for name, original in renamed.items()
-        }
-    return renamed
+def _canonical(
+    names: Iterable[str], architecture: str
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The file's name of every tensor by today's, with or without the body's prefix as
+    `architecture` has it; and a problem for every two that mean the same.
+    """
+    found: dict[str, str] = {}
+    doubled = []
+    names = list(names)
+    headless = not any(name.startswith(PREFIX) for name in names)
+    for name in names:
+        today = _rename(name)
+        if architecture == BODY:
+            today = today.removeprefix(PREFIX)
+        elif headless and not owner_of(TIED.get(today, today)):
+            today = PREFIX + today.removeprefix(PREFIX)
+        if today in found:
+            doubled.append(("doubled", f"{name} and {found[today]} are the same parameter"))
+        found.setdefault(today, name)
+    return found, doubled
 
 
 def _rename(name: str) -> str:
@@ -116,14 +130,17 @@ def _rename(name: str) -> str:
     return name
 
 
-def _pop_ties(names: dict[str, str], architecture: str) -> dict[str, str]:
+def _pop_ties(names: dict[str, str], table: Iterable[str], architecture: str) -> dict[str, str]:
+    """Take repeated tensors out of `names`; one that is the only copy goes under the original's
+    name.
+    """
     ties = {}
     for repeated, original in TIED.items():
         original = original.removeprefix(PREFIX) if architecture == BODY else original
         if repeated in names and original in names:
             ties[names.pop(repeated)] = names[original]
-        elif repeated in names and architecture == BODY:
-            names.pop(repeated)
+        elif repeated in names and original in table:
+            names[original] = names.pop(repeated)
     return ties
 
 
@@ -131,18 +148,28 @@ def _missing(names: Iterable[str]) -> list[tuple[str, str]]:
     return [("missing", line) for line in _grouped(names)]
 
 
-def _unexpected(names: Iterable[str]) -> list[tuple[str, str]]:
-    by_owner: dict[str | None, list[str]] = {}
-    for name in names:
-        by_owner.setdefault(owner_of(name), []).append(name)
+def _unexpected(names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names as the file has them, by whose head they are."""
+    by_owner: dict[str, list[str]] = {}
+    for name, original in names.items():
+        by_owner.setdefault(_owners(name), []).append(original)
     return [
-        ("unexpected", line + (f": the head of {owner}" if owner else ""))
-        for owner, group in by_owner.items()
+        ("unexpected", line + (f": the head of {owners}" if owners else ""))
+        for owners, group in by_owner.items()
         for line in _grouped(group)
     ]
 
 
-def _grouped(names: Iterable[str], shown: int = 1) -> list[str]:
+def _owners(name: str) -> str:
+    """The classes whose head has `name` and is the smallest that does."""
+    owner = owner_of(name)
+    if owner is None:
+        return ""
+    same = {p.name for p in HEADS[owner]}
+    return " or ".join(a for a, head in HEADS.items() if {p.name for p in head} == same)
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
     """One line: the first parent with its leaves in braces, and how many more there are."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -150,12 +177,46 @@ def _grouped(names: Iterable[str], shown: int = 1) -> list[str]:
         groups.setdefault(parent, []).append(leaf)
     if not groups:
         return []
-    parts = []
-    for parent, leaves in list(groups.items())[:shown]:
-        leaf = leaves[0] if len(leaves) == 1 else "{" + ", ".join(leaves) + "}"
-        parts.append(f"{parent}.{leaf}" if parent else leaf)
-    rest = sum(len(leaves) for leaves in list(groups.values())[shown:])
-    return [", ".join(parts) + (f" and {rest} more" if rest else "")]
+    parent, leaves = next(iter(groups.items()))
+    shown = leaves[:_SHOWN_LEAVES]
+    rest = sum(map(len, groups.values())) - len(shown)
+    leaf = shown[0] if len(shown) == 1 else "{" + ", ".join(shown) + "}"
+    return [(f"{parent}.{leaf}" if parent else leaf) + (f" and {rest} more" if rest else "")]
+
+
+def _wrong_layers(
+    names: Iterable[str], wanted: Iterable[str], config: VisualBertConfig
+) -> tuple[list[tuple[str, str]], set[str]]:
+    """Problems of whole layers, which are one field's fault, and the names they account for."""
+    problems, explained = [], set()
+    have, want = _layers(names), _layers(wanted)
+    if have and max(have) != max(want, default=-1):
+        count = max(have) + 1
+        blame = _blame("num_hidden_layers", config, count)
+        problems.append(("mismatched", f"encoder: the file has {count} layers{blame}"))
+        beyond = range(min(count, config.num_hidden_layers), 1 + max(*have, *want))
+        explained |= {n for i in beyond for n in (*have.get(i, ()), *want.get(i, ()))}
+    extra, asked = (_starting(group, "additional_layer.") for group in (names, wanted))
+    if bool(extra) != bool(asked):
+        blame = _blame("bypass_transformer", config, bool(extra))
+        has = "has one" if extra else "has none"
+        problems.append(("mismatched", f"additional_layer: the file {has}{blame}"))
+        explained |= {*extra, *asked}
+    return problems, explained
+
+
+def _starting(names: Iterable[str], start: str) -> list[str]:
+    return [name for name in names if name.removeprefix(PREFIX).startswith(start)]
+
+
+def _layers(names: Iterable[str]) -> dict[int, list[str]]:
+    """Names by the number of the encoder's layer."""
+    layers: dict[int, list[str]] = {}
+    for name in _starting(names, "encoder.layer."):
+        number = name.removeprefix(PREFIX).split(".")[2]
+        if number.isdecimal() and len(number) < 5:
+            layers.setdefault(int(number), []).append(name)
+    return layers
 
 
 def _mismatched(
@@ -166,29 +227,38 @@ def _mismatched(
 ) -> list[tuple[str, str]]:
     problems = []
     blamed: dict[str, int] = {}
+    transposed, untyped = [], []
     for name, param in wanted.items():
         if name not in names:
             continue
         spec, shape = tensors.specs[names[name]], param.shape(config)
-        if spec.shape != shape:
+        if spec.dtype not in DTYPES:
+            untyped.append(name)
+        elif spec.shape == shape:
+            continue
+        elif spec.shape == shape[::-1]:
+            transposed.append(name)
+        else:
             field_, found = _guilty(param, shape, spec.shape)
-            if blamed.get(field_) == found and field_:
+            if field_ and blamed.get(field_) == found:
                 continue  # one wrong field is one problem, however many tensors show it
             blamed[field_] = found
-            problems.append(
-                (
-                    "mismatched",
-                    f"{name}: file {spec.shape}, config {shape}{_blame(field_, config, found)}",
-                )
-            )
-        elif spec.dtype not in DTYPES:
-            problems.append(
-                ("mismatched", f"{name}: file {spec.dtype}, expected one of {', '.join(DTYPES)}")
-            )
-    return problems
+            blame = _blame(field_, config, found)
+            problems.append(f"{name}: file {spec.shape}, config {shape}{blame}")
+    if len(problems) > _SHOWN_MISMATCHES:
+        rest = len(problems) - _SHOWN_MISMATCHES
+        problems[_SHOWN_MISMATCHES:] = [f"and {rest} more of other shapes"]
+    problems += [
+        f"{line}: file {tensors.specs[names[untyped[0]]].dtype}, expected one of "
+        f"{', '.join(DTYPES)}"
+        for line in _grouped(untyped)
+    ]
+    problems += [f"{line}: transposed; a file holds (out, in)" for line in _grouped(transposed)]
+    return [("mismatched", problem) for problem in problems]
 
 
 def _guilty(param: Param, want: tuple[int, ...], have: tuple[int, ...]) -> tuple[str, int]:
+    """The field that the first different axis belongs to, and the axis's size in the file."""
     if len(want) != len(have):
         return "", 0
     symbol, found = next(
@@ -198,7 +268,10 @@ def _guilty(param: Param, want: tuple[int, ...], have: tuple[int, ...]) -> tuple
 
 
 def _blame(field_: str, config: VisualBertConfig, found: int) -> str:
-    return f";\n{field_} is {getattr(config, field_)}, the file says {found}" if field_ else ""
+    if not field_:
+        return ""
+    name = "hidden_size / num_attention_heads" if field_ == "head_size" else field_
+    return f";\n{name} is {getattr(config, field_)}, the file says {found}"
 
 
 def _report(
@@ -217,10 +290,7 @@ def _report(
     bad_heads = [n for n in wanted if is_head(wanted[n]) and n not in names] + [
         n for n in names if n not in wanted and owner_of(n)
     ]
-    mismatched_head = any(t.split(":")[0] in HEAD_NAMES for k, t in problems if k == "mismatched")
+    mismatched_head = any(text.split(":")[0] in _HEAD_NAMES for _, text in problems)
     if architecture != BODY and (bad_heads or mismatched_head):
         lines.append("To train a new head on this body, pass new_head=True.")
     return "\n".join(lines)
-
-
-HEAD_NAMES = frozenset(p.name for head in HEADS.values() for p in head)

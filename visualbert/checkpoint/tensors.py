@@ -4,6 +4,7 @@ Weight files, a model in memory, freshly drawn values and a BERT being turned in
 all `Tensors`; loading, saving and converting only ever see this protocol.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -32,8 +33,15 @@ class Spec(NamedTuple):
 class Tensors(Protocol):
     """Named arrays: `specs` lists them, `read` gives one."""
 
-    label: str
-    specs: Mapping[str, Spec]
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Every tensor's shape and type by name."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """The array called `name`; writable, and owned by the caller."""
@@ -81,6 +89,14 @@ def common_dtype(tensors: Tensors) -> str:
     if found == {"float16", "bfloat16"}:
         return "float32"
     return max(found, key=lambda name: DTYPES[name].itemsize)
+
+
+def total_bytes(tensors: Tensors) -> int:
+    """What the arrays of `tensors` take, without their names."""
+    return sum(
+        math.prod(spec.shape) * (DTYPES.get(spec.dtype) or np.dtype(spec.dtype)).itemsize
+        for spec in tensors.specs.values()
+    )
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -14,9 +14,11 @@ from visualbert.checkpoint.match import _rename
 from visualbert.checkpoint.tensors import Spec, Tensors, common_dtype
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError
-from visualbert.schema import COPIED, IGNORED, PREFIX, parameters
+from visualbert.schema import COPIED, IGNORED, PREFIX, TIED, parameters
 
 _BERT_PREFIX = "bert."
+_NEEDED = ("embeddings.", "encoder.layer.")  # BERTs without a pooler or a head are BERTs
+_VISUAL = "embeddings.visual_"
 _SHARED_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -53,7 +55,7 @@ def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig
     if unlike:
         raise ConfigError(f"VisualBERT cannot start from a BERT with {', '.join(unlike)}")
     shared = {key: values[key] for key in _SHARED_FIELDS if key in values}
-    return VisualBertConfig.from_dict({**shared, **changes})
+    return VisualBertConfig.from_dict(shared, **changes)
 
 
 class WarmStart:
@@ -69,6 +71,8 @@ class WarmStart:
         self._initial = InitialValues(architecture, config, seed)
         self._dtype = common_dtype(bert)
         found = {_rename(name).removeprefix(_BERT_PREFIX): name for name in bert.specs}
+        if len(found) < len(bert.specs):
+            raise CheckpointError(f"{bert.label!r} holds a tensor under two of its names")
         names = [p.name for p in parameters(architecture, config)]
         short = {name: name.removeprefix(PREFIX) for name in names}
         self._taken = {name: found[s] for name, s in short.items() if s in found}
@@ -77,18 +81,25 @@ class WarmStart:
             for name, s in short.items()
             if config.special_visual_initialize and COPIED.get(s) in found
         }
+        self._taken |= {
+            repeated: found[repeated]
+            for repeated, original in TIED.items()
+            if repeated in found and original in self._taken
+        }
         self.derived = tuple(self._copied)
         self.fresh = tuple(n for n in names if n not in self._taken and n not in self._copied)
         used = {*self._taken.values(), *self._copied.values()}
         ignorable = {name for s, name in found.items() if s in IGNORED or s.startswith("cls.")}
         self.ignored = tuple(sorted(set(bert.specs) - used))
         missing = [
-            s for n, s in short.items() if n in self.fresh and s.startswith("encoder.layer.")
+            short[name]
+            for name in self.fresh
+            if short[name].startswith(_NEEDED) and not short[name].startswith(_VISUAL)
         ]
-        if missing or "embeddings.word_embeddings.weight" not in found:
+        if missing:
             raise CheckpointError(
                 f"{bert.label!r} is not a BERT of {config.num_hidden_layers} layers: it lacks "
-                f"{(missing or ['embeddings.word_embeddings.weight'])[0]}"
+                f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
         unknown = sorted(set(self.ignored) - ignorable)
         if unknown:
@@ -107,3 +118,8 @@ class WarmStart:
     def read(self, name: str) -> np.ndarray:
         source = self._taken.get(name) or self._copied.get(name)
         return self._bert.read(source) if source else self._initial.read(name)
+
+    def verify_checksum(self) -> bool:
+        """As that of the BERT's file, where it has one."""
+        check = getattr(self._bert, "verify_checksum", None)
+        return check is not None and check()

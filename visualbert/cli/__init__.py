@@ -6,6 +6,7 @@ check that fails ends in 1.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -18,21 +19,30 @@ COMMANDS = ("inspect", "convert", "verify")
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no character is worth a traceback
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
-    except VisualBertError as error:
-        print(f"visualbert {args.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"visualbert {args.command}: interrupted", file=sys.stderr)
-        return 130
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        print(f"visualbert {args.command}: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return _fail(args.command, "interrupted", 130)
+    except MemoryError as error:
+        return _fail(args.command, f"not enough memory ({error})", 2)
+    except (VisualBertError, OSError) as error:
+        return _fail(args.command, str(error), 2)
+
+
+def _fail(command: str, message: str, status: int) -> int:
+    from visualbert.cli.common import worded
+
+    print(f"visualbert {command}: {worded(message)}", file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

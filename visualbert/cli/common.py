@@ -4,16 +4,19 @@ import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visualbert.errors import CheckpointError
+from visualbert.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from visualbert.backend import Backend
     from visualbert.checkpoint.tensors import Tensors
+    from visualbert.config import VisualBertConfig
     from visualbert.pretrained import Checkpoint
 
 
@@ -35,16 +38,9 @@ def open_any(source: str, revision: str | None = None) -> "Checkpoint":
     Raises:
         CheckpointError: the folder holds neither.
     """
-    from visualbert.backend import backend_names, get_backend
     from visualbert.checkpoint.read import find_weights
     from visualbert.config import VisualBertConfig
-    from visualbert.pretrained import (
-        Checkpoint,
-        ModelTensors,
-        architecture_of,
-        find_folder,
-        open_checkpoint,
-    )
+    from visualbert.pretrained import Checkpoint, find_folder, open_checkpoint
 
     folder = find_folder(source, revision)
     try:
@@ -53,14 +49,87 @@ def open_any(source: str, revision: str | None = None) -> "Checkpoint":
         name = next((n for n, file in NATIVE.items() if (folder / file).exists()), None)
         if name is None:
             raise
-        assert name in backend_names()
         config = VisualBertConfig.from_pretrained(folder)
-        backend = get_backend(name)
-        dtype = config.extra.get("dtype") or "float32"
-        model = backend.create(architecture_of(config, source), config, dtype)
-        backend.load_native(model, folder / NATIVE[name])
-        return Checkpoint(source, config, ModelTensors(backend, model), folder)
+        return Checkpoint(source, config, _native_tensors(name, folder, config), folder)
     return open_checkpoint(source, revision=revision)
+
+
+def _native_tensors(name: str, folder: Path, config: "VisualBertConfig") -> "Tensors":
+    """What the file of a framework's own format holds, through a model of that framework."""
+    from visualbert.checkpoint.tensors import DTYPES
+    from visualbert.config import CONFIG_FILE
+    from visualbert.pretrained import ModelTensors, architecture_of
+
+    dtype = config.extra.get("dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ConfigError(
+            f"{folder / CONFIG_FILE}: dtype={dtype!r} is not one of {', '.join(DTYPES)}"
+        )
+    architecture = architecture_of(config, str(folder))
+    backend = load_backend(name)
+    path = folder / NATIVE[name]
+    try:
+        with quiet_stderr():
+            model = backend.create(architecture, config, dtype)
+            backend.load_native(model, path)
+        return ModelTensors(backend, model)
+    except Exception as error:  # every framework raises what it likes at a broken file
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{path}: broken, or not the {architecture} that {CONFIG_FILE} describes "
+            f"({type(error).__name__}: {lines[0] if lines else 'no reason'}); convert it again"
+        ) from error
+
+
+def load_backend(name: str) -> "Backend":
+    """The backend called `name`; what its framework prints while it starts is shown only if it
+    fails.
+    """
+    from visualbert.backend import get_backend
+
+    with quiet_stderr(unless=BaseException):
+        return get_backend(name)
+
+
+@contextlib.contextmanager
+def quiet_stderr(unless: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
+    """Keep standard error, also that of C++, to itself; write it out after an `unless`."""
+    sys.stderr.flush()
+    try:
+        terminal = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except unless:
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(terminal, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def verify_checksum(checkpoint: "Checkpoint") -> None:
+    """Compare a checkpoint's data with its checksum, if its format has one.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    check = getattr(checkpoint.tensors, "verify_checksum", None)
+    if check is not None:
+        check()
+
+
+def worded(message: str) -> str:
+    """A message of the library in the command line's words, without control characters."""
+    message = message.replace("pass new_head=True.", "convert it with --new-head.")
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
 
 
 # File or folder of a framework's own format. The canonical folder needs no framework.
@@ -102,7 +171,8 @@ def byte_progress(title: str, tensors: "Tensors") -> Iterator[Callable[[int], ob
     """A progress bar over the bytes of `tensors`, on standard error when that is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    total = sum(spec_bytes(spec) for spec in tensors.specs.values())
+    from visualbert.checkpoint.tensors import total_bytes
+
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -112,7 +182,7 @@ def byte_progress(title: str, tensors: "Tensors") -> Iterator[Callable[[int], ob
         transient=True,
         disable=not sys.stderr.isatty(),
     ) as progress:
-        task = progress.add_task(title, total=total)
+        task = progress.add_task(title, total=total_bytes(tensors))
         yield lambda size: progress.advance(task, size)
 
 
@@ -124,17 +194,6 @@ def step_progress(title: str) -> Iterator[Callable[[str], object]]:
         return
     with console(stderr=True).status(title) as status:
         yield lambda step: status.update(f"{title}: {step}")
-
-
-def spec_bytes(spec: Any) -> int:
-    """Bytes of a tensor from its spec."""
-    import math
-
-    import ml_dtypes
-    import numpy as np
-
-    dtype = ml_dtypes.bfloat16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
-    return math.prod(spec.shape) * np.dtype(dtype).itemsize
 
 
 def megabytes(size: int) -> str:

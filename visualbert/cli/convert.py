@@ -1,13 +1,16 @@
 """`visualbert convert`: between the canonical folder and each framework's own files."""
 
 import argparse
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from visualbert.errors import CheckpointError, UsageError
+from visualbert.errors import UsageError
 
 # Format -> the backend that writes it; the canonical folder is written by none.
 FORMATS = {"safetensors": None, "bin": "pt", "keras": "tf", "flax": "flax"}
+_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
 
 
 def register(commands: Any) -> None:
@@ -38,17 +41,24 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what became of every tensor."""
-    from visualbert.cli.common import console, megabytes
+    from visualbert.checkpoint.tensors import dtype_name
+    from visualbert.cli.common import console, megabytes, worded
+    from visualbert.schema import check_architecture
 
     dst = Path(args.dst)
-    _refuse_to_overwrite(dst, args.src, args.force)
+    if args.dtype is not None:
+        dtype_name(args.dtype)  # a wrong one is an error before anything is fetched
+    if args.architecture is not None:
+        check_architecture(args.architecture)
+    held = _refuse_to_overwrite(dst, args.src, args.force)
     tensors, config, notes = _prepare(args)
-    size = write(dst, tensors, config, args.to)
+    size = write(dst, tensors, config, args.to, remove=held)
     out = console()
     out.print(
-        f"{args.src} → {dst} ({args.to}): {config.architectures[0]}, {len(tensors.specs)} tensors, "
-        f"{megabytes(size)}",
+        f"{worded(args.src)} → {worded(str(dst))} ({args.to}): {config.architectures[0]}, "
+        f"{len(tensors.specs)} tensors, {megabytes(size)}",
         soft_wrap=True,
+        markup=False,
     )
     for note, names in notes.items():
         if names:
@@ -56,19 +66,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_to_overwrite(dst: Path, src: str, force: bool) -> None:
+def _refuse_to_overwrite(dst: Path, src: str, force: bool) -> list[str]:
+    """The checkpoint files that `dst` holds and that may go."""
     from visualbert.checkpoint.read import INDEX, SAFETENSORS, TORCH
     from visualbert.cli.common import NATIVE
     from visualbert.config import CONFIG_FILE
 
     if dst.exists() and not dst.is_dir():
         raise UsageError(f"{dst} is a file; DST must be a folder")
+    if dst.exists() and os.path.exists(src) and dst.samefile(src):
+        raise UsageError(f"{dst} is the source itself; write to another folder")
     held = [CONFIG_FILE, SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX, *NATIVE.values()]
-    found = [name for name in held if (dst / name).exists()]
+    found = [name for name in held if os.path.lexists(dst / name)]
+    if found:
+        found += sorted(p.name for glob in _SHARDS for p in dst.glob(glob))
     if found and not force:
         raise UsageError(f"{dst} already holds {', '.join(found)}; pass --force to replace it")
-    if found and Path(src).exists() and dst.samefile(src):
-        raise UsageError(f"{dst} is the source itself; write to another folder")
+    return found
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
@@ -76,7 +90,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     from visualbert.checkpoint.initial import InitialValues
     from visualbert.checkpoint.match import check_ties, match
     from visualbert.checkpoint.tensors import common_dtype, dtype_name
-    from visualbert.cli.common import choose_architecture, open_any
+    from visualbert.checkpoint.warm_start import WarmStart
+    from visualbert.cli.common import choose_architecture, open_any, verify_checksum
     from visualbert.config import CONFIG_FILE, MODEL_TYPE, read_json_object
     from visualbert.pretrained import find_folder, open_bert
 
@@ -88,23 +103,24 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
             raise UsageError(
                 f"{args.src} is a BERT; say with --architecture which VisualBERT it shall become"
             )
-        changes = (
-            {"visual_embedding_dim": args.visual_embedding_dim} if args.visual_embedding_dim else {}
-        )
+        width = args.visual_embedding_dim
+        changes = {} if width is None else {"visual_embedding_dim": width}
         checkpoint = open_bert(folder, args.architecture, seed=args.seed, **changes)
         architecture = args.architecture
         start = checkpoint.tensors
+        assert isinstance(start, WarmStart)
         notes = {
             "copied from the text tables": start.derived,
             "drawn anew": start.fresh,
             "not needed": start.ignored,
         }
     else:
-        if args.visual_embedding_dim:
+        if args.visual_embedding_dim is not None:
             raise UsageError(f"--visual-embedding-dim is for a BERT; {args.src} is a VisualBERT")
         checkpoint = open_any(args.src, args.revision)
         architecture = choose_architecture(checkpoint, args.architecture)
     config = checkpoint.config
+    verify_checksum(checkpoint)  # or damage would come out under a fresh checksum
     found = match(checkpoint.tensors, architecture, config, new_head=args.new_head)
     check_ties(checkpoint.tensors, found)
     notes.setdefault("not needed", found.ignored)
@@ -135,11 +151,13 @@ class Canonical:
         return cast(array, self.dtype)
 
 
-def write(dst: Path, tensors: Any, config: Any, to: str) -> int:
-    """Write `tensors` to `dst` in the format `to`, atomically; the bytes that were written."""
-    from visualbert.backend import get_backend
+def write(dst: Path, tensors: Any, config: Any, to: str, remove: Iterable[str] = ()) -> int:
+    """Write `tensors` to `dst` in the format `to`, and `remove` what was there, all or nothing; the
+    bytes that were written.
+    """
+    from visualbert.checkpoint.tensors import total_bytes
     from visualbert.checkpoint.write import replace_files, write_safetensors
-    from visualbert.cli.common import byte_progress, spec_bytes
+    from visualbert.cli.common import byte_progress, load_backend, quiet_stderr
     from visualbert.config import CONFIG_FILE
     from visualbert.pretrained import fill
 
@@ -155,12 +173,18 @@ def write(dst: Path, tensors: Any, config: Any, to: str) -> int:
                 SAFETENSORS: lambda path: write_safetensors(path, tensors, progress)
             }
         else:
-            backend = get_backend(name)
+            backend = load_backend(name)
             model = backend.create(config.architectures[0], config, tensors.dtype)
             fill(backend, model, _Counted(tensors, progress))
-            writers = {backend.native: lambda path: backend.save_native(model, path)}
-        replace_files(dst, {**writers, CONFIG_FILE: write_config})
-    return sum(spec_bytes(spec) for spec in tensors.specs.values())
+
+            def save(path: Path) -> None:
+                with quiet_stderr():
+                    backend.save_native(model, path)
+
+            writers = {backend.native: save}
+        size = total_bytes(tensors)
+        replace_files(dst, {**writers, CONFIG_FILE: write_config}, remove, size)
+    return size
 
 
 class _Counted:
@@ -174,6 +198,3 @@ class _Counted:
         array = self._tensors.read(name)
         self._progress(array.nbytes)
         return array
-
-
-__all__ = ["FORMATS", "Canonical", "CheckpointError", "register", "run", "write"]

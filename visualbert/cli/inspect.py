@@ -24,14 +24,16 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if the checkpoint has a defect."""
-    from visualbert.cli.common import choose_architecture, console, open_any
+    from rich.markup import escape
+
+    from visualbert.cli.common import choose_architecture, console, open_any, worded
     from visualbert.schema import parameters
 
     checkpoint = open_any(args.path, args.revision)
     architecture = choose_architecture(checkpoint, args.architecture)
     config = checkpoint.config
     out = console()
-    out.print(f"[bold]{checkpoint.label}[/bold]  {architecture}")
+    out.print(f"[bold]{escape(worded(checkpoint.label))}[/bold]  {architecture}", soft_wrap=True)
     out.print(_config_line(config))
     out.print(_kinds(architecture, config))
     if args.schema:
@@ -39,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(_file_line(checkpoint.tensors))
     defects = find_defects(checkpoint, architecture)
     for defect in defects:
-        out.print(f"[bold red]wrong[/bold red]  {defect}", markup=True)
+        out.print(f"[bold red]wrong[/bold red]  {escape(worded(defect))}", soft_wrap=True)
     if not defects:
         out.print("nothing is wrong with it")
     return 1 if defects else 0
@@ -50,8 +52,8 @@ def find_defects(checkpoint: Any, architecture: str) -> list[str]:
     import numpy as np
 
     from visualbert.checkpoint.match import check_ties, match
-    from visualbert.checkpoint.read import SafetensorsFiles
     from visualbert.checkpoint.tensors import DTYPES
+    from visualbert.cli.common import verify_checksum
 
     tensors = checkpoint.tensors
     defects = []
@@ -60,14 +62,13 @@ def find_defects(checkpoint: Any, architecture: str) -> list[str]:
     except CheckpointError as error:
         defects.append(str(error))
     try:
-        if isinstance(tensors, SafetensorsFiles):
-            tensors.verify_checksum()
+        verify_checksum(checkpoint)
     except CheckpointError as error:
         defects.append(str(error))
     for name, spec in tensors.specs.items():
         if spec.dtype in DTYPES:
             values = tensors.read(name)
-            bad = values.size - int(np.isfinite(values.astype(np.float32, copy=False)).sum())
+            bad = values.size - int(np.isfinite(values).sum())
             if bad:
                 defects.append(f"{name} holds {bad} values that are not finite")
     return defects
@@ -103,12 +104,12 @@ def _kinds(architecture: str, config: Any) -> Any:
 def _file_line(tensors: Any) -> str:
     from collections import Counter
 
-    from visualbert.cli.common import megabytes, spec_bytes
+    from visualbert.checkpoint.tensors import total_bytes
+    from visualbert.cli.common import megabytes
 
     counts = Counter(spec.dtype for spec in tensors.specs.values())
     types = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-    size = sum(spec_bytes(spec) for spec in tensors.specs.values())
-    return f"stored: {len(tensors.specs)} tensors ({types}), {megabytes(size)}"
+    return f"stored: {len(tensors.specs)} tensors ({types}), {megabytes(total_bytes(tensors))}"
 
 
 def _schema(params: Any, config: Any) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,24 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, print the table, and return 1 if something differs."""
-    from visualbert.checkpoint.read import SafetensorsFiles
-    from visualbert.cli.common import choose_architecture, console, open_any, step_progress
+    from visualbert.cli.common import (
+        choose_architecture,
+        console,
+        open_any,
+        step_progress,
+        verify_checksum,
+    )
+
+    if args.tolerance is not None and not 0 < args.tolerance < math.inf:
+        raise UsageError(f"--tolerance {args.tolerance} must be a positive number")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise UsageError(f"--json {args.json}: not a file in a folder that exists")
+    backends = _backends(args.backends, args.against)
     from visualbert.parity import read_cases, verify
 
-    backends = _backends(args.backends, args.against)
-    if args.tolerance is not None and not args.tolerance > 0:
-        raise UsageError(f"--tolerance {args.tolerance} must be positive")
     checkpoint = open_any(args.path, args.revision)
     architecture = choose_architecture(checkpoint, args.architecture)
-    if isinstance(checkpoint.tensors, SafetensorsFiles):
-        checkpoint.tensors.verify_checksum()
+    verify_checksum(checkpoint)
     cases = read_cases(Path(args.inputs)) if args.inputs else None
     with step_progress("verifying") as progress:
         report = verify(
@@ -64,26 +72,40 @@ def run(args: argparse.Namespace) -> int:
         )
     _print(report, console())
     if args.json:
-        text = json.dumps({**dataclasses.asdict(report), "passed": report.passed}, indent=2)
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        Path(args.json).write_text(_json(report), encoding="utf-8")
     return 0 if report.passed else 1
 
 
-def _backends(asked: str | None, against: str | None) -> list[str]:
-    from visualbert.backend import backend_names, get_backend
+def _json(report: Any) -> str:
+    """The report as JSON, in which an infinite error is null."""
+    values = dataclasses.asdict(report)
+    for row in values["rows"]:
+        row["error"] = row["error"] if math.isfinite(row["error"]) else None
+    return json.dumps({**values, "passed": report.passed}, indent=2) + "\n"
 
-    names = asked.split(",") if asked else backend_names(installed=True)
+
+def _backends(asked: str | None, against: str | None) -> list[str]:
+    from visualbert.backend import backend_names
+    from visualbert.cli.common import load_backend
+
+    names = asked.split(",") if asked is not None else backend_names(installed=True)
+    names = list(dict.fromkeys(name.strip() for name in names))
     if not names:
         raise UsageError("no framework is installed: pip install visualbert[all]")
-    for name in names:
-        get_backend(name)  # an unknown or missing one is an error before anything is loaded
-    if against:
-        get_backend(against)
+    if len(names) == 1 and not against:
+        raise UsageError(
+            f"there is nothing to compare {names[0]} with; name two in --backends, or pass "
+            "--against transformers"
+        )
+    for name in [*names, *([against] if against else [])]:
+        load_backend(name)  # an unknown or missing one is an error before anything is loaded
     return names
 
 
 def _print(report: Any, out: Any) -> None:
-    from visualbert.cli.common import table
+    from rich.markup import escape
+
+    from visualbert.cli.common import table, worded
 
     made = table(
         "case",
@@ -96,14 +118,17 @@ def _print(report: Any, out: Any) -> None:
     )
     for row in report.rows:
         if row.skipped:
-            made.add_row(row.case, row.pair, "", f"[dim]{row.skipped}[/dim]", "", "skipped")
+            reason = f"[dim]{escape(row.skipped)}[/dim]"
+            made.add_row(escape(worded(row.case)), row.pair, "", reason, "", "skipped")
             continue
         bits = row.case == "save and reload"
         difference = f"{row.error:.0f} differ" if bits else f"{row.error:.1e}"
         verdict = "equal" if row.passed else "[bold red]DIFFERS[/bold red]"
         worst = row.worst if not bits or row.error else "bit for bit"
-        made.add_row(row.case, row.pair, str(row.compared), worst, difference, verdict)
-    out.print(f"[bold]{report.source}[/bold]  {report.architecture}, {report.dtype}")
+        case = escape(worded(row.case))
+        made.add_row(case, row.pair, str(row.compared), escape(worst), difference, verdict)
+    source = escape(worded(report.source))
+    out.print(f"[bold]{source}[/bold]  {report.architecture}, {report.dtype}", soft_wrap=True)
     out.print(made)
     outcome = "agree" if report.passed else "[bold red]do not agree[/bold red]"
     out.print(f"{', '.join(report.backends)} {outcome} within {report.tolerance:g}")

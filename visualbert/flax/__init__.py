@@ -1,6 +1,9 @@
 """VisualBERT in Flax (NNX)."""
 
+import json
+
 import jax
+import jax.export
 
 from visualbert.flax.modeling import (
     FlaxVisualBertForMultipleChoice,
@@ -29,4 +32,10 @@ jax.tree_util.register_pytree_with_keys(
     ),
     unflatten,
     flatten,
+)
+jax.export.register_pytree_node_serialization(
+    ModelOutput,
+    serialized_name="visualbert.ModelOutput",
+    serialize_auxdata=lambda keys: json.dumps(keys).encode(),
+    deserialize_auxdata=lambda keys: tuple(json.loads(keys)),
 )

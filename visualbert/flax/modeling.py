@@ -211,10 +211,10 @@ class Intermediate(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.dense = Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
 
     def __call__(self, hidden_states):
-        return self.activation(self.dense(hidden_states))
+        return ACTIVATIONS[self.hidden_act](self.dense(hidden_states))
 
 
 class Output(nnx.Module):
@@ -263,7 +263,8 @@ class Encoder(nnx.Module):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if self.gradient_checkpointing:
             again = nnx.remat(
-                lambda layer, x, visible: layer(x, visible, output_attentions=output_attentions)
+                lambda layer, x, visible: layer(x, visible, output_attentions=output_attentions),
+                graph_updates=False,  # else a merged model could not be differentiated
             )
             return again(layer, hidden_states, visible)
         return layer(hidden_states, visible, output_attentions=output_attentions)
@@ -285,11 +286,11 @@ class PredictionHeadTransform(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.dense = Linear(config.hidden_size, config.hidden_size, **kw)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **kw)
 
     def __call__(self, hidden_states):
-        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+        return self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(hidden_states)))
 
 
 class LMPredictionHead(nnx.Module):
@@ -668,10 +669,8 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
-        position = self.answer_position(attention_mask, text.shape[1])
-        answer = (
-            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
-        )
+        position = self.answer_position(attention_mask, sequence, text)
+        answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
@@ -680,15 +679,15 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def answer_position(self, attention_mask, text_length):
+    def answer_position(self, attention_mask, sequence, text):
         """Index of the second-last real token, (B, 1), found from the mask, so padding may be
         left.
         """
         if attention_mask is None:
-            check_answer_position(text_length, None)
-            return text_length - 2
+            check_answer_position(text.shape[1], None)
+            return jnp.zeros_like(sequence[:, :1, 0], dtype=jnp.int32) + text.shape[1] - 2  # B 1
         mask = as_tensor(attention_mask, False, self.dtype)  # B T
-        check_answer_position(text_length, look(mask))
+        check_answer_position(text.shape[1], look(mask))
         counts = mask.cumsum(1)
         return (counts == counts[:, -1:] - 1).argmax(1)[:, None]
 
@@ -913,7 +912,7 @@ def module_options(rngs=None, dtype=None, param_dtype=jnp.float32):
     storage.
     """
     return {
-        "rngs": nnx.Rngs(0) if rngs is None else rngs,
+        "rngs": nnx.Rngs(params=0, dropout=0 if rngs is None else rngs.dropout()),
         "dtype": jnp.dtype(param_dtype if dtype is None else dtype),
         "param_dtype": jnp.dtype(param_dtype),
     }

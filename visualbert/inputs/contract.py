@@ -4,7 +4,7 @@ Shapes are checked on every call that is not being compiled; values only where t
 without waiting for a device. All frameworks raise the same sentences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,12 +113,19 @@ def require(where: str, *one_of: Any, **named: Any) -> Any:
 
     Args:
         where: the architecture that asks.
-        *one_of: `input_ids` and `inputs_embeds`, of which one has to be there.
+        *one_of: `input_ids` and `inputs_embeds`, of which one has to be there, with a choice axis.
         **named: one input that has to be there.
+
+    Raises:
+        InputError: it is not there, or has no choice axis.
     """
     present = [x for x in (*one_of, *named.values()) if x is not None]
     if not present:
         raise InputError(f"{where} needs {' or '.join(named) or 'input_ids or inputs_embeds'}")
+    for name, x in zip(("input_ids", "inputs_embeds"), one_of, strict=False):
+        if x is not None:
+            batch, *rest = BODY_INPUTS[name].axes.split()
+            _check_shape(name, Input(" ".join([batch, "C", *rest])), tuple(x.shape), {})
     return present[0]
 
 
@@ -146,15 +153,17 @@ def flatten_choices(
             flat[name] = None
             continue
         axes = BODY_INPUTS[name].axes.split("|")[0].split()
-        if len(x.shape) == len(axes) and "V" in axes[1]:
+        shape = tuple(x.shape)
+        if len(shape) == len(axes) and "V" in axes[1]:
             x = repeat(x)
         agrees = len(x.shape) == len(axes) + 1 and all(
             None in (size, want) or size == want for size, want in zip(x.shape, sizes, strict=False)
         )
         if not agrees:
+            want = _spelled(["B", "C", *axes[1:]])
             raise InputError(
-                f"{name} has shape {_shown(tuple(x.shape))}, expected "
-                f"{_spelled(['B', 'C', *axes[1:]])} with batch = {batch} and choices = {choices}"
+                f"{name} has shape {_shown(shape)}, expected {want} with batch = {batch} and "
+                f"choices = {choices}"
             )
         flat[name] = merge(x)
     return flat
@@ -168,19 +177,22 @@ def check_answer_position(text_length: int | None, mask: np.ndarray | None) -> N
     """
     if text_length is not None and text_length < 2:
         raise InputError(
-            "VisualBertForQuestionAnswering reads the second-last token: one is too few"
+            f"the text is {text_length} token long, expected at least 2: "
+            "VisualBertForQuestionAnswering answers at the second-last one"
         )
     if mask is not None and mask.size and mask.sum(1).min() < 2:
         row = int(mask.sum(1).argmin())
         raise InputError(
-            f"attention_mask[{row}] shows {int(mask[row].sum())} tokens, but "
-            "VisualBertForQuestionAnswering reads the second-last one"
+            f"attention_mask[{row}] shows {int(mask[row].sum())} of {text_length} tokens, expected "
+            "at least 2: VisualBertForQuestionAnswering answers at the second-last one"
         )
 
 
 def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None:
-    if (inputs.get("input_ids") is None) == (inputs.get("inputs_embeds") is None):
-        raise InputError("pass either input_ids or inputs_embeds, one of them and not both")
+    if inputs.get("input_ids") is None and inputs.get("inputs_embeds") is None:
+        raise InputError("the text is missing; pass input_ids or inputs_embeds")
+    if inputs.get("input_ids") is not None and inputs.get("inputs_embeds") is not None:
+        raise InputError("input_ids and inputs_embeds are the same text twice; pass one of them")
     if inputs.get("visual_embeds") is None:
         orphans = [
             name
@@ -188,9 +200,16 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
             if inputs.get(name) is not None
         ]
         if orphans:
-            raise InputError(f"{orphans[0]} was passed without visual_embeds")
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    shape = tuple(text.shape)
+            raise InputError(
+                f"{orphans[0]} describes regions, but visual_embeds was not passed; pass both or "
+                "neither"
+            )
+    name = "input_ids" if inputs.get("input_ids") is not None else "inputs_embeds"
+    shape = tuple(inputs[name].shape)
+    if 0 in shape[:2]:
+        raise InputError(
+            f"{name} has shape {_shown(shape)}, expected at least one example and one token"
+        )
     longest = config.max_position_embeddings
     if (
         len(shape) > 1
@@ -199,8 +218,8 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
         and shape[1] > longest
     ):
         raise InputError(
-            f"{shape[1]} tokens of text are too many: the position table has {longest} rows "
-            "(max_position_embeddings); truncate the text"
+            f"{name} has {shape[1]} tokens, expected at most {longest}, the rows of the position "
+            "table (max_position_embeddings); truncate the text"
         )
 
 
@@ -214,13 +233,12 @@ def _check_shape(
     same_rank = [axes for axes in alternatives if len(axes) == len(shape)]
     if not same_rank:
         raise InputError(
-            f"{name} has shape {_shown(shape)}, expected {len(alternatives[0])} axes: "
-            f"{_spelled(alternatives[0])}"
+            f"{name} has shape {_shown(shape)}, expected {' or '.join(map(_spelled, alternatives))}"
         )
     wrong = [_first_wrong(axes, shape, sizes) for axes in same_rank]
     if all(wrong):
         axis, size, want, source = wrong[0]  # type: ignore[misc]
-        raise InputError(_axis_error(name, axis, size, want, source, shape, same_rank[0]))
+        raise InputError(_axis_error(name, axis, size, want, source, shape, same_rank))
     axes = same_rank[[bool(w) for w in wrong].index(False)]
     for axis, size in zip(axes, shape, strict=True):
         if axis in AXES and sizes.get(axis, (None, ""))[0] is None:
@@ -248,18 +266,18 @@ def _axis_error(
     want: int,
     source: str,
     shape: tuple[int | None, ...],
-    axes: list[str],
+    alternatives: list[list[str]],
 ) -> str:
     if axis == "F":
         return (
             f"{name}: the features are {size} wide, the model reads visual_embedding_dim={want}; "
-            "use features of the detector that the checkpoint was trained with, or a model of that width"
+            "use features of the detector that the checkpoint was trained with, or a model of that "
+            "width"
         )
-    reason = f" as in {source}" if source else f" ({AXES[axis]})" if axis in AXES else ""
-    return (
-        f"{name} has shape {_shown(shape)}, expected {_spelled(axes)} with "
-        f"{AXES.get(axis, axis)} = {want}{reason if AXES.get(axis) not in reason else ''}"
-    )
+    sized = f" with {AXES[axis]} = {want}" if axis in AXES else ""
+    reason = f" as in {source}" if source else ""
+    expected = " or ".join(map(_spelled, alternatives))
+    return f"{name} has shape {_shown(shape)}, expected {expected}{sized}{reason}"
 
 
 def _check_values(
@@ -272,8 +290,8 @@ def _check_values(
     if values is None or values.size == 0 or expected.low is None:
         return
     high = expected.high
-    limit = high if isinstance(high, int) or high is None else _limit(high, sizes, config)
-    bad = values < expected.low
+    limit = _limit(high, sizes, config) if isinstance(high, str) else high
+    bad = ~(values >= expected.low)  # also where it is not a number
     if limit is not None:
         bad |= values >= limit
     if not bad.any():
@@ -283,14 +301,18 @@ def _check_values(
     if not bad.any():
         return
     at = tuple(int(i) for i in np.argwhere(bad)[0])
-    also = f", or {' or '.join(map(str, expected.ignored))}" if expected.ignored else ""
-    top = f" and below {limit}" + (
-        f" ({high})" if isinstance(high, str) and high not in AXES else ""
-    )
-    raise InputError(
-        f"{name}{list(at)} is {values[at]}, expected at least {expected.low}"
-        f"{top if limit is not None else ''}{also}"
-    )
+    raise InputError(f"{name}{list(at)} is {values[at]}, expected {_range(expected, limit)}")
+
+
+def _range(expected: Input, limit: int | None) -> str:
+    """The values that an input may have, in words."""
+    if limit is None:
+        return f"at least {expected.low}"
+    high = expected.high
+    source = f" ({AXES.get(high, high)} = {limit})" if isinstance(high, str) else ""
+    also = f", or {' or '.join(map(str, expected.ignored))} to be ignored"
+    middle = "or" if limit == 2 else "to"
+    return f"{expected.low} {middle} {limit - 1}{source}{also if expected.ignored else ''}"
 
 
 def _limit(
@@ -300,8 +322,13 @@ def _limit(
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("?" if s is None else str(s) for s in shape) + ")"
+    return _tuple("?" if size is None else str(size) for size in shape)
 
 
 def _spelled(axes: list[str]) -> str:
-    return "(" + ", ".join(AXES.get(a.rstrip("+"), a) for a in axes) + ")"
+    return _tuple(AXES.get(axis.rstrip("+"), axis) for axis in axes)
+
+
+def _tuple(parts: Iterable[str]) -> str:
+    parts = list(parts)
+    return f"({', '.join(parts)}{',' * (len(parts) == 1)})"

@@ -18,6 +18,7 @@ from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
 from visualbert.config import VisualBertConfig
+from visualbert.errors import UsageError
 from visualbert.inputs.contract import (
     check_answer_position,
     check_inputs,
@@ -201,10 +202,10 @@ class Intermediate(nn.Module):
     def __init__(self, config: VisualBertConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
 
     def forward(self, hidden_states):
-        return self.activation(self.dense(hidden_states))
+        return ACTIVATIONS[self.hidden_act](self.dense(hidden_states))
 
 
 class Output(nn.Module):
@@ -283,11 +284,11 @@ class PredictionHeadTransform(nn.Module):
     def __init__(self, config: VisualBertConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states):
-        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+        return self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(hidden_states)))
 
 
 class LMPredictionHead(nn.Module):
@@ -343,6 +344,18 @@ class PreTrainedModel(PreTrained, nn.Module):
         for module in self.modules():
             if isinstance(module, Encoder):
                 module.gradient_checkpointing = True
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False
+    ) -> None:
+        """`gradient_checkpointing_enable` as transformers' `Trainer` calls it.
+
+        Raises:
+            UsageError: it is to leave layers out or to offload activations.
+        """
+        if every_n_layers != 1 or offload:
+            raise UsageError("VisualBERT checkpoints every layer, where it is: no other way")
+        self.gradient_checkpointing_enable()
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
@@ -680,10 +693,8 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
-        position = self.answer_position(attention_mask, text.shape[1])
-        answer = (
-            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
-        )
+        position = self.answer_position(attention_mask, sequence, text)
+        answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
@@ -692,16 +703,16 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def answer_position(self, attention_mask, text_length):
+    def answer_position(self, attention_mask, sequence, text):
         """Index of the second-last real token, (B, 1), found from the mask, so padding may be
         left.
         """
         if attention_mask is None:
-            check_answer_position(text_length, None)
-            return text_length - 2
+            check_answer_position(text.shape[1], None)
+            return torch.zeros_like(sequence[:, :1, 0], dtype=torch.long) + text.shape[1] - 2  # B 1
         mask = as_tensor(attention_mask, self.device, False, self.dtype)  # B T
         if not torch.compiler.is_compiling():
-            check_answer_position(text_length, look(mask))
+            check_answer_position(text.shape[1], look(mask))
         counts = mask.cumsum(1)
         return (counts == counts[:, -1:] - 1).long().argmax(1)[:, None]
 

@@ -47,6 +47,8 @@ class TensorFlowBackend:
         return variable.numpy()
 
     def push(self, variable: keras.Variable, array: np.ndarray) -> None:
+        if array.ndim == 2 and array.flags.f_contiguous:  # TensorFlow transposes on all cores
+            array = tf.transpose(tf.convert_to_tensor(array.T))
         variable.assign(array)
 
     def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

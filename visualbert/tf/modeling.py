@@ -57,14 +57,16 @@ class Module(keras.layers.Layer):
     def build(self, input_shape: Any = None) -> None:
         """Make the variables of everything below."""
         for child in self._layers:
-            child.build(None)
+            child.build()
 
 
 class Linear(keras.layers.Dense):
     """`x @ kernel + bias`; the values come from a checkpoint or from `PreTrained.initialise`."""
 
     def __init__(self, in_features: int, out_features: int, **kw: Any) -> None:
-        super().__init__(out_features, kernel_initializer="zeros", **kw)
+        super().__init__(
+            out_features, kernel_initializer=unwritten, bias_initializer=unwritten, **kw
+        )
         self.in_features = in_features
 
     def build(self, input_shape: Any = None) -> None:
@@ -75,7 +77,7 @@ class Embedding(keras.layers.Embedding):
     """A table of vectors; no row is frozen."""
 
     def __init__(self, num_embeddings: int, features: int, **kw: Any) -> None:
-        super().__init__(num_embeddings, features, embeddings_initializer="zeros", **kw)
+        super().__init__(num_embeddings, features, embeddings_initializer=unwritten, **kw)
 
 
 class LayerNorm(keras.layers.Layer):
@@ -87,8 +89,8 @@ class LayerNorm(keras.layers.Layer):
         self.eps = eps
 
     def build(self, input_shape: Any = None) -> None:
-        self.gamma = self.add_weight(shape=(self.features,), initializer="ones", name="gamma")
-        self.beta = self.add_weight(shape=(self.features,), initializer="zeros", name="beta")
+        self.gamma = self.add_weight(shape=(self.features,), initializer=unwritten, name="gamma")
+        self.beta = self.add_weight(shape=(self.features,), initializer=unwritten, name="beta")
 
     def call(self, x):
         wide = at_least_float32(x)
@@ -101,19 +103,23 @@ class LayerNorm(keras.layers.Layer):
 class Dropout(keras.layers.Dropout):
     """Dropout in training, which gives the same mask again when a layer is computed again."""
 
+    def build(self, input_shape: Any = None) -> None:
+        """There is nothing to make."""
+
     def call(self, x, training=False):
-        if not training or self.rate == 0 or not _replay:
+        if not (training and self.rate and _replay):
             return super().call(x, training=training)
-        return tf.nn.experimental.stateless_dropout(x, self.rate, seed=next(_replay[-1]))
+        seed = tf.cast(_replay[-1][self] % (tf.int32.max - 1), tf.int32)  # as Keras narrows it
+        return tf.nn.experimental.stateless_dropout(x, self.rate, seed=seed)
 
 
-_replay: list[Iterator[Array]] = []
+_replay: list[Mapping[Dropout, Array]] = []
 
 
 @contextlib.contextmanager
-def replayed(seed: Array) -> Iterator[None]:
-    """Draw every dropout mask inside from `seed`."""
-    _replay.append(iter(seed + tf.constant([0, i], seed.dtype) for i in range(1 << 16)))
+def replayed(seeds: Mapping[Dropout, Array]) -> Iterator[None]:
+    """Draw the mask of every dropout inside from its seed, as often as it is called."""
+    _replay.append(seeds)
     try:
         yield
     finally:
@@ -164,7 +170,7 @@ class Embeddings(Module):
     ):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)  # B T H
-        text_length = inputs_embeds.shape[1]
+        text_length = ops.shape(inputs_embeds)[1]
         if position_ids is None:
             position_ids = ops.arange(text_length, dtype="int32")[None]  # 1 T
         if token_type_ids is None:
@@ -190,7 +196,7 @@ class Embeddings(Module):
             + self.visual_position_embeddings(first)
         )  # B V H
         if image_text_alignment is not None:
-            aligned = image_text_alignment[:, : visual_embeds.shape[1]]  # B V A
+            aligned = image_text_alignment[:, : ops.shape(visual_embeds)[1]]  # B V A
             embeddings = embeddings + self.aligned_positions(aligned)
         return embeddings
 
@@ -272,10 +278,10 @@ class Intermediate(Module):
         super().__init__(**kw)
         kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.intermediate_size, name="dense", **kw)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
 
     def call(self, hidden_states):
-        return self.activation(self.dense(hidden_states))
+        return ACTIVATIONS[self.hidden_act](self.dense(hidden_states))
 
 
 class Output(Module):
@@ -337,14 +343,18 @@ class Encoder(Module):
         if not (self.gradient_checkpointing and training):
             return layer(hidden_states, visible, output_attentions=output_attentions)
 
-        def again(hidden_states, seed):
-            with replayed(seed):
-                return layer(
+        dropouts = [x for x in layer._flatten_layers() if isinstance(x, Dropout) and x.rate]
+        seeds = {dropout: dropout.seed_generator.next() for dropout in dropouts}
+
+        def again(hidden_states):
+            with replayed(seeds):
+                result, probs = layer(
                     hidden_states, visible, output_attentions=output_attentions, training=True
                 )
+            return (result, probs) if output_attentions else result  # no None may come out
 
-        seed = tf.random.uniform([2], maxval=2**30, dtype=tf.int32)
-        return tf.recompute_grad(again)(hidden_states, seed)
+        found = tf.recompute_grad(again)(hidden_states)
+        return found if output_attentions else (found, None)
 
 
 class Pooler(Module):
@@ -367,13 +377,13 @@ class PredictionHeadTransform(Module):
         super().__init__(**kw)
         kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.hidden_size, name="dense", **kw)
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.hidden_act = config.hidden_act
         self.LayerNorm = LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps, name="LayerNorm", **kw
         )
 
     def call(self, hidden_states):
-        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+        return self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(hidden_states)))
 
 
 class LMPredictionHead(Module):
@@ -387,7 +397,7 @@ class LMPredictionHead(Module):
 
     def build(self, input_shape: Any = None) -> None:
         super().build()
-        self.bias = self.add_weight(shape=(self.vocab_size,), initializer="zeros", name="bias")
+        self.bias = self.add_weight(shape=(self.vocab_size,), initializer=unwritten, name="bias")
 
     def call(self, hidden_states, word_table):
         hidden_states = self.transform(hidden_states)
@@ -454,6 +464,27 @@ class PreTrainedModel(PreTrained, keras.Model):
         if loss is not None:
             return loss + sum(self.losses)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kw):
+        """Keras's export; without a signature, for text and regions of any size."""
+        signature = input_signature or [self.serving_signature()]
+        return super().export(filepath, format, verbose, signature, **kw)
+
+    def serving_signature(self) -> dict[str, tf.TensorSpec]:
+        """Text with segments, regions, and phrases where the model asks for them."""
+        choices = [None] * (self.architecture == "VisualBertForMultipleChoice")
+        shapes = {
+            "input_ids": [*choices, None, None],
+            "attention_mask": [*choices, None, None],
+            "token_type_ids": [*choices, None, None],
+            "visual_embeds": [None, None, self.config.visual_embedding_dim],
+            "visual_attention_mask": [None, None],
+            "visual_token_type_ids": [None, None],
+        }
+        if self.architecture == "VisualBertForRegionToPhraseAlignment":
+            shapes["region_to_phrase_position"] = [None, None]
+        dtypes = {"visual_embeds": self.variable_dtype}
+        return {k: tf.TensorSpec(s, dtypes.get(k, "int32"), name=k) for k, s in shapes.items()}
 
     def get_config(self) -> dict[str, Any]:
         """What Keras writes to rebuild the model."""
@@ -578,7 +609,7 @@ class TFVisualBertModel(PreTrainedModel):
         visual_mask = inputs.pop("visual_attention_mask")
         embeddings = self.embeddings(**inputs)  # B S H
         text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
-        text_length = text.shape[1]
+        text_length = ops.shape(text)[1]
         visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
 
         if self.config.bypass_transformer and visual_embeds is not None:
@@ -667,7 +698,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
         losses = []
         if labels is not None:
-            losses.append(cross_entropy(prediction_logits[:, : labels.shape[1]], labels))
+            losses.append(cross_entropy(prediction_logits[:, : ops.shape(labels)[1]], labels))
         if match is not None:
             losses.append(cross_entropy(match_logits, ops.reshape(match, (-1,))))
         return model_output(
@@ -722,7 +753,7 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         batch, choices = text.shape[:2]
         inputs = flatten_choices(
             (batch, choices),
-            lambda x: ops.repeat(x[:, None], choices, axis=1),
+            lambda x: ops.repeat(x[:, None], ops.shape(text)[1], axis=1),
             lambda x: ops.reshape(x, (-1, *ops.shape(x)[2:])),
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -740,7 +771,8 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch, C=choices).values()
-        logits = ops.reshape(self.cls(self.dropout(outputs.pooler_output)), (-1, choices))
+        scores = self.cls(self.dropout(outputs.pooler_output))
+        logits = ops.reshape(scores, ops.shape(text)[:2])
         return model_output(
             loss=None if labels is None else cross_entropy(logits, ops.reshape(labels, (-1,))),
             logits=logits,
@@ -806,10 +838,8 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
         text = input_ids if inputs_embeds is None else inputs_embeds
-        position = self.answer_position(attention_mask, text.shape[1])
-        answer = (
-            sequence[:, position] if isinstance(position, int) else gather(sequence, position)[:, 0]
-        )
+        position = self.answer_position(attention_mask, sequence, text)
+        answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None
@@ -820,15 +850,15 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def answer_position(self, attention_mask, text_length):
+    def answer_position(self, attention_mask, sequence, text):
         """Index of the second-last real token, (B, 1), found from the mask, so padding may be
         left.
         """
         if attention_mask is None:
-            check_answer_position(text_length, None)
-            return text_length - 2
+            check_answer_position(text.shape[1], None)
+            return ops.zeros_like(sequence[:, :1, 0], dtype="int32") + ops.shape(text)[1] - 2  # B 1
         mask = as_tensor(attention_mask, False, self.compute_dtype)  # B T
-        check_answer_position(text_length, look(mask))
+        check_answer_position(text.shape[1], look(mask))
         counts = ops.cumsum(mask, 1)
         second_last = ops.cast(counts == counts[:, -1:] - 1, "int32")
         return ops.argmax(second_last, 1)[:, None]
@@ -961,7 +991,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
+        regions = sequence[:, ops.shape(sequence)[1] - ops.shape(visual_embeds)[1] :]  # B V H
         positions, labels = self.edge(
             self.architecture,
             {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
@@ -1055,3 +1085,8 @@ def look(x):
     if not hasattr(x, "numpy") or "CPU" not in x.device:
         return None
     return x.numpy()
+
+
+def unwritten(shape, dtype=None):
+    """A parameter's memory as it is found: the values are about to be written."""
+    return tf.raw_ops.Empty(shape=shape, dtype=dtype)

