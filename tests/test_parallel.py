@@ -228,8 +228,8 @@ CONTROLS = {
     ),
     "calls in another order": (
         TF,
-        "self.LayerNorm(self.activation(self.dense(hidden_states)))",
-        "self.activation(self.LayerNorm(self.dense(hidden_states)))",
+        "self.LayerNorm(ACTIVATIONS[self.hidden_act](self.dense(hidden_states)))",
+        "self.dense(ACTIVATIONS[self.hidden_act](self.LayerNorm(hidden_states)))",
         "calls of PredictionHeadTransform.forward",
     ),
     "arguments swapped": (

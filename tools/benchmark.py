@@ -248,9 +248,7 @@ def main() -> None:
         versions = ", ".join(f"{p} {version(p)}" for p in packages)
         print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
         print(versions)
-        print(
-            f"batch {args.batch} × ({args.text} tokens + {args.regions} regions), float32, base size"
-        )
+        print(f"batch {args.batch} × ({args.text} tokens + {args.regions} regions), float32, base")
         batches = time_batches(folder, sizes, args.runs)
         loads = time_loads(folder, sizes, min(args.runs, 5))
     report(batches, loads, file_bytes)

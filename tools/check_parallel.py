@@ -65,7 +65,8 @@ PERMITTED = tuple(Permit(file, *row) for files, *row in (
     ("tf", "names", "", r"^InputError\..*", "", "keeps Keras from rewording our errors"),
     ("tf", "names", "", r"^gelu\(.*", "", "Keras's exact form is not exact in float64"),
     ("tf", "names", "", r"^(_replay|.* replayed\(.*)", "", "recomputation needs the same dropout"),
-    ("flax", "names", "", r"^(unwritten|module_options)\(.*", "", "NNX passes its options down"),
+    ("flax", "names", "", r"^module_options\(.*", "", "NNX passes its options down"),
+    ("tf flax", "names", "", r"^unwritten\(.*", "", "torch.empty needs no such function"),
     ("pt", "names", "", r"^as_tensor\(x, device", "as_tensor(x", "torch tensors live on a device"),
 
     ("tf flax", "methods", ".*", r", \*\*kw", "", "constructor extras"),
@@ -87,12 +88,15 @@ PERMITTED = tuple(Permit(file, *row) for files, *row in (
 
     ("tf", "methods", ".*", r"^build\(self, input_shape=None\)", "", "Keras's `build`"),
     ("tf", "methods", "PreTrainedModel", r"^(__call__|initialise)\(.*", "", "Keras's `build`"),
-    ("tf", "methods", "PreTrainedModel", r"^(compute_loss|get_config|.* from_config)\(.*", "",
-     "Keras's `fit` and its file format"),
+    ("tf", "methods", "PreTrainedModel",
+     r"^(compute_loss|export|serving_signature|get_config|.* from_config)\(.*", "",
+     "Keras's `fit` and its file formats"),
     ("tf", "methods|calls", ".*", r", training(=None)?\)$", ")", "train/eval convention"),
     ("tf", "calls", r"Encoder\.run", r"^replayed\(\)", "", "recomputation needs the same dropout"),
     ("pt", "methods", "PreTrainedModel", ", gradient_checkpointing_kwargs=None", "",
      "keyword of transformers' Trainer"),
+    ("pt", "methods", "PreTrainedModel", r"^activation_checkpointing_enable\(.*", "",
+     "name in transformers' Trainer"),
     ("pt flax", "methods", "PreTrainedModel", r"^@property (device|dtype)\(self\)", "",
      "Keras has its own dtype, torch alone a device"),
 
@@ -112,12 +116,6 @@ PERMITTED = tuple(Permit(file, *row) for files, *row in (
     ("flax", "docstrings", r"PreTrainedModel\.gradient_checkpointing_enable",
      "for the backward pass", "in training", "train/eval convention"),
     ("pt", "shapes", "gather", "^B E H$", "", "torch's gather wants the whole index"),
-
-    ("pt", "docstrings", r"PreTrainedModel\.gradient_checkpointing_enable",
-     r" \(transformers' name\)", "", "to be aligned in the files"),
-    ("pt", "calls", r"PreTrainedModel\.gradient_checkpointing_\w+", r"^modules\(\)", "",
-     "to be aligned in the files"),
-    ("pt tf flax", "docstrings", "look", ".+", "", "to be aligned in the files"),
 ) for file in files.split())
 # fmt: on
 

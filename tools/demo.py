@@ -89,10 +89,9 @@ def main() -> int:
         visualbert("convert", OUT / "visualbert", OUT / name, "--to", name)
         visualbert("convert", OUT / name, OUT / f"back-from-{name}")
         back = (OUT / f"back-from-{name}" / "model.safetensors").read_bytes()
-        print(
-            f"model.safetensors after {name} and back: {'identical' if back == original else 'DIFFERS'}"
-        )
-        if back != original:
+        same = back == original
+        print(f"model.safetensors after {name} and back: {'identical' if same else 'DIFFERS'}")
+        if not same:
             return 1
     visualbert("verify", OUT / "visualbert", "--against", "transformers")
     return 0

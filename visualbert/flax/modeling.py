@@ -896,7 +896,7 @@ def as_tensor(x, floating, dtype):
 
 
 def look(x):
-    """The values as numpy, or None where reading them would wait for a device or is impossible."""
+    """The values as numpy, or None where reading them would wait for a device or fail."""
     if isinstance(x, jax.core.Tracer) or any(d.platform != "cpu" for d in x.devices()):
         return None
     return np.asarray(x)

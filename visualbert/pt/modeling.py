@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor as Array
 from torch import nn
 from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
@@ -338,12 +339,8 @@ class PreTrainedModel(PreTrained, nn.Module):
     framework = "pt"
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Keep one activation per layer in training and compute the others again (transformers'
-        name).
-        """
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = True
+        """Keep one activation per layer in training and compute the others again."""
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False
@@ -359,9 +356,7 @@ class PreTrainedModel(PreTrained, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        for module in self.modules():
-            if isinstance(module, Encoder):
-                module.gradient_checkpointing = False
+        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
 
     def get_input_embeddings(self) -> nn.Module:
         """The word table."""
@@ -414,15 +409,15 @@ class VisualBertModel(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> ModelOutput:
@@ -512,19 +507,19 @@ class VisualBertForPreTraining(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
-        sentence_image_labels: torch.Tensor | None = None,
+        labels: Array | None = None,
+        sentence_image_labels: Array | None = None,
     ) -> ModelOutput:
         """Run the model and, with labels, its pretraining losses; other inputs as in
         `VisualBertModel`.
@@ -587,18 +582,18 @@ class VisualBertForMultipleChoice(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Array | None = None,
     ) -> ModelOutput:
         """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
 
@@ -654,18 +649,18 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Array | None = None,
     ) -> ModelOutput:
         """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
         [SEP]`.
@@ -732,18 +727,18 @@ class VisualBertForVisualReasoning(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        labels: torch.Tensor | None = None,
+        labels: Array | None = None,
     ) -> ModelOutput:
         """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
 
@@ -796,19 +791,19 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        visual_embeds: torch.Tensor | None = None,
-        visual_attention_mask: torch.Tensor | None = None,
-        visual_token_type_ids: torch.Tensor | None = None,
-        image_text_alignment: torch.Tensor | None = None,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        token_type_ids: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        visual_embeds: Array | None = None,
+        visual_attention_mask: Array | None = None,
+        visual_token_type_ids: Array | None = None,
+        image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        region_to_phrase_position: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        region_to_phrase_position: Array | None = None,
+        labels: Array | None = None,
     ) -> ModelOutput:
         """Score every region for every phrase; other inputs as in `VisualBertModel`.
 

@@ -1079,9 +1079,7 @@ def as_tensor(x, floating, dtype):
 
 
 def look(x):
-    """The values as numpy, or None where there are none yet or a device would have to be waited
-    for.
-    """
+    """The values as numpy, or None where reading them would wait for a device or fail."""
     if not hasattr(x, "numpy") or "CPU" not in x.device:
         return None
     return x.numpy()
