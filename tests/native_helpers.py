@@ -1,6 +1,4 @@
-"""One tiny model and one batch for each architecture, no two dimensions of which are equal but for
-the batch and the alignments.
-"""
+"""One tiny model and one batch for each architecture, with sizes that differ where it matters."""
 
 import numpy as np
 
@@ -12,8 +10,9 @@ B, T, V, C, E, A, L, F, H = 3, 9, 5, 4, 2, 3, 5, 20, 24
 S = T + V
 BODY, PRETRAINING, CHOICE, ANSWERS, REASONING, PHRASES = ARCHITECTURES
 HEADS = ARCHITECTURES[1:]
-# Batch, text and regions of every size that a compiled or exported model is called with.
-SIZES = ((B, T, V), (4, 7, 6), (2, 12, 3))
+# Batch, text and regions that a compiled or exported model is called with; in the first, no two
+# axes are equal, or PyTorch would take them for one.
+SIZES = ((7, 9, 6), (4, 7, 10), (2, 12, 3))
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
 
 
@@ -30,7 +29,7 @@ def tiny_config(**changes):
         "num_labels": L,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.3,  # BERT's 0.02 would leave the output hardly dependent on the input
+        "initializer_range": 0.3,  # with 0.02 the output would hardly depend on the input
     }
     return VisualBertConfig(**{**fields, **changes})
 

@@ -8,6 +8,8 @@ to say by itself what is wrong, where, what was expected, what was found, and th
 class VisualBertError(Exception):
     """Base of all errors that this package raises on purpose."""
 
+    ag_pass_through = True  # inside a tf.function, AutoGraph would raise another class in its place
+
 
 class ConfigError(VisualBertError, ValueError):
     """A configuration is missing, broken, or contradicts itself."""

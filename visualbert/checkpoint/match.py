@@ -193,7 +193,8 @@ def _wrong_layers(
     if have and max(have) != max(want, default=-1):
         count = max(have) + 1
         blame = _blame("num_hidden_layers", config, count)
-        problems.append(("mismatched", f"encoder: the file has {count} layers{blame}"))
+        layers = f"{count} layer{'s' * (count > 1)}"
+        problems.append(("mismatched", f"encoder: the file has {layers}{blame}"))
         beyond = range(min(count, config.num_hidden_layers), 1 + max(*have, *want))
         explained |= {n for i in beyond for n in (*have.get(i, ()), *want.get(i, ()))}
     extra, asked = (_starting(group, "additional_layer.") for group in (names, wanted))
@@ -247,7 +248,7 @@ def _mismatched(
             problems.append(f"{name}: file {spec.shape}, config {shape}{blame}")
     if len(problems) > _SHOWN_MISMATCHES:
         rest = len(problems) - _SHOWN_MISMATCHES
-        problems[_SHOWN_MISMATCHES:] = [f"and {rest} more of other shapes"]
+        problems[_SHOWN_MISMATCHES:] = [f"and {rest} more tensors of the wrong shape"]
     problems += [
         f"{line}: file {tensors.specs[names[untyped[0]]].dtype}, expected one of "
         f"{', '.join(DTYPES)}"

@@ -19,8 +19,11 @@ COMMANDS = ("inspect", "convert", "verify")
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit status."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no character is worth a traceback
     args = _parser().parse_args(argv)
     try:

@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,10 +76,10 @@ def _native_tensors(name: str, folder: Path, config: "VisualBertConfig") -> "Ten
             backend.load_native(model, path)
         return ModelTensors(backend, model)
     except Exception as error:  # every framework raises what it likes at a broken file
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"{path}: broken, or not the {architecture} that {CONFIG_FILE} describes "
-            f"({type(error).__name__}: {lines[0] if lines else 'no reason'}); convert it again"
+            f"({textwrap.shorten(reason, 200)}); convert it again"
         ) from error
 
 
@@ -93,21 +95,31 @@ def load_backend(name: str) -> "Backend":
 
 @contextlib.contextmanager
 def quiet_stderr(unless: type[BaseException] | tuple[()] = ()) -> Iterator[None]:
-    """Keep standard error, also that of C++, to itself; write it out after an `unless`."""
+    """Keep standard error, also that of C++, to itself; write it out after an `unless`.
+
+    After another exception, whose message is all there is to say, threads that are still at work
+    have nothing to say either.
+    """
     sys.stderr.flush()
     try:
         terminal = os.dup(2)
     except OSError:  # it is closed
         yield
         return
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
             yield
+            sys.unraisablehook = hook
         except unless:
+            sys.unraisablehook = hook
             sys.stderr.flush()
             held.seek(0)
             os.write(terminal, held.read())
+            raise
+        except BaseException:
+            logging.getLogger("asyncio").disabled = True
             raise
         finally:
             sys.stderr.flush()
@@ -150,9 +162,14 @@ def console(stderr: bool = False) -> "Console":
     """Where tables go: as wide as the terminal, and wide enough for them in a file."""
     from rich.console import Console
 
+    class Pipe(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with the status of a check that failed
+
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else int(os.environ.get("COLUMNS", 120))
-    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+    columns = os.environ.get("COLUMNS", "")
+    width = None if stream.isatty() else int(columns) if columns.isdecimal() else 160
+    return Pipe(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
 def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Any:

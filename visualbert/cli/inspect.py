@@ -75,13 +75,16 @@ def find_defects(checkpoint: Any, architecture: str) -> list[str]:
 
 
 def _config_line(config: Any) -> str:
-    labels = f", {config.num_labels} labels"
+    layers, labels = (
+        f"{count} {word}{'s' * (count != 1)}"
+        for count, word in ((config.num_hidden_layers, "layer"), (config.num_labels, "label"))
+    )
     fusion = ", late fusion" if config.bypass_transformer else ""
     return (
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{layers}, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads, feed-forward {config.intermediate_size}, "
         f"{config.vocab_size} words, {config.max_position_embeddings} positions, "
-        f"region features {config.visual_embedding_dim} wide{labels}{fusion}"
+        f"region features {config.visual_embedding_dim} wide, {labels}{fusion}"
     )
 
 

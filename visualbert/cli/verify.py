@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from visualbert.errors import UsageError
+from visualbert.errors import InputError, UsageError
 
 
 def register(commands: Any) -> None:
@@ -53,12 +53,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
         raise UsageError(f"--json {args.json}: not a file in a folder that exists")
     backends = _backends(args.backends, args.against)
-    from visualbert.parity import read_cases, verify
+    from visualbert.checkpoint.read import find_weights
+    from visualbert.parity import verify
 
     checkpoint = open_any(args.path, args.revision)
     architecture = choose_architecture(checkpoint, args.architecture)
     verify_checksum(checkpoint)
-    cases = read_cases(Path(args.inputs)) if args.inputs else None
+    if args.against:
+        find_weights(checkpoint.folder)  # a framework's own format is none that it could read
+    cases = _read_cases(Path(args.inputs), architecture) if args.inputs else None
     with step_progress("verifying") as progress:
         report = verify(
             checkpoint,
@@ -74,6 +77,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(_json(report), encoding="utf-8")
     return 0 if report.passed else 1
+
+
+def _read_cases(path: Path, architecture: str) -> Any:
+    from visualbert.inputs.contract import BODY_INPUTS, INPUTS
+    from visualbert.parity import read_cases
+
+    cases = read_cases(path)
+    for name in sorted({name for inputs in cases.values() for name in inputs}):
+        if name not in BODY_INPUTS and name not in INPUTS[architecture]:
+            raise InputError(f"{path}: {name} is not an input of {architecture}; leave it out")
+    return cases
 
 
 def _json(report: Any) -> str:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
+from visualbert.errors import CheckpointError
 from visualbert.flax import modeling
 from visualbert.schema import ARCHITECTURES, Kind
 
@@ -85,7 +86,12 @@ class FlaxBackend:
             ".".join(map(str, keys)): value
             for keys, value in nnx.traversals.flatten_mapping(restored).items()
         }
-        for name, variable in self.variables(model).items():
+        variables = self.variables(model)
+        wrong = sorted(set(arrays) ^ set(variables))
+        if wrong:
+            what = "missing" if wrong[0] in variables else "unexpected"
+            raise CheckpointError(f"{wrong[0]} is {what}, and so are {len(wrong) - 1} more")
+        for name, variable in variables.items():
             self.push(variable, np.asarray(arrays[name]))
 
 

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import tensorflow as tf
 
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
+from visualbert.errors import CheckpointError
 from visualbert.schema import ARCHITECTURES, Kind
 from visualbert.tf import modeling
 
@@ -70,6 +72,11 @@ class TensorFlowBackend:
         model.save_weights(path)
 
     def load_native(self, model: keras.Model, path: Path) -> None:
+        stored: list[str] = []
+        with h5py.File(path) as file:
+            file.visititems(lambda name, x: stored.append(name) if hasattr(x, "shape") else None)
+        if len(stored) > len(model.weights):  # which Keras would leave out without a word
+            raise CheckpointError(f"it holds {len(stored)} tensors, the model {len(model.weights)}")
         model.load_weights(path)
 
 

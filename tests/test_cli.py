@@ -1,0 +1,691 @@
+"""The command line: every direction of a conversion bit for bit, and every mistake one sentence and
+exit status 2, with nothing left behind.
+"""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from tiny import random_tensors, tiny_config
+
+from visualbert import __version__
+from visualbert.checkpoint.read import read_weights
+from visualbert.checkpoint.tensors import ArrayTensors, cast
+from visualbert.checkpoint.write import write_folder
+from visualbert.cli import main
+from visualbert.parity import CASES, differing_bits, make_inputs
+
+BODY = "VisualBertModel"
+ANSWERS = "VisualBertForQuestionAnswering"
+PRETRAINING = "VisualBertForPreTraining"
+WEIGHTS = "model.safetensors"
+FORMATS = ("bin", "keras", "flax")
+CONFIG = tiny_config(num_hidden_layers=1)
+
+
+def checkpoint(folder, architecture=ANSWERS, dtype="float32", config=CONFIG, **replaced):
+    tensors = random_tensors(architecture, config)
+    arrays = {name: cast(tensors.read(name), dtype) for name in tensors.specs}
+    arrays |= replaced
+    config = config.replace(architectures=(architecture,), extra={"dtype": dtype})
+    write_folder(folder, ArrayTensors("arrays", arrays), config)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path):
+    return checkpoint(tmp_path / "source")
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command in this process: exit status, standard output, standard error."""
+
+    def call(*arguments):
+        capfd.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The sentence of a command that ends with status 2 and prints nothing else."""
+
+    def call(*arguments, lines=1):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, ""), (status, out, err)
+        assert len(err.splitlines()) == lines, err
+        lead = f"visualbert {arguments[0]}: "
+        assert err.startswith(lead)
+        return err.removeprefix(lead).rstrip("\n")
+
+    return call
+
+
+def process(*arguments, **options):
+    """The same in a process of its own, as a user has it."""
+    env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    return subprocess.run(
+        [sys.executable, "-m", "visualbert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **{"env": env, **options},
+    )
+
+
+# Help
+
+
+HEAVY = ["numpy", "torch", "tensorflow", "keras", "jax", "flax", "rich", "transformers"]
+HEAVY += ["safetensors", "huggingface_hub", "tokenizers", "ml_dtypes", "h5py"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"]]
+)
+def test_help_imports_nothing(arguments):
+    code = (
+        "import sys\nfrom visualbert.cli import main\n"
+        f"try: main({arguments})\nexcept SystemExit as e: assert e.code == 0\n"
+        f"sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: visualbert" if "--help" in arguments else "visualbert ")
+
+
+def test_version_and_usage(run):
+    assert run("--version") == (0, f"visualbert {__version__}\n", "")
+    status, out, err = run()
+    assert (status, out) == (2, "") and err.startswith("usage: visualbert")
+    status, _, err = run("train")
+    assert status == 2 and "invalid choice: 'train'" in err
+    status, _, err = run("convert", "a", "b", "--to", "onnx")
+    assert status == 2 and "invalid choice: 'onnx'" in err
+    assert run("convert", "a")[0] == 2
+
+
+# inspect
+
+
+def test_inspect(run, source):
+    status, out, err = run("inspect", source)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{source}  {ANSWERS}"
+    assert lines[1] == (
+        "1 layer, hidden 24, 3 heads, feed-forward 40, 113 words, 36 positions, region features "
+        "20 wide, 5 labels"
+    )
+    assert lines[-2:] == ["stored: 29 tensors (29 float32), 0.0 MB", "nothing is wrong with it"]
+    total = sum(a.size for a in safetensors.numpy.load_file(source / WEIGHTS).values())
+    assert any(line.split() == ["all", "29", f"{total:,}"] for line in lines)
+
+
+def test_inspect_schema(run, source):
+    status, out, _ = run("inspect", source, "--schema")
+    assert status == 0
+    rows = [line.split() for line in out.splitlines()]
+    name = "visual_bert.embeddings.visual_projection.weight"
+    expected = [name, "H", "F", "=", "24,", "20", "linear", "kernel", "(transposed)"]
+    assert [*expected, "kernel", "(transposed)"] in rows
+    assert sum(row[:1] != [] and row[0].startswith(("visual_bert.", "cls.")) for row in rows) == 29
+
+
+DEFECTS = {
+    "nan": (
+        {"cls.bias": np.array([0, np.nan, 1, np.inf, 2], np.float32)},
+        "wrong  cls.bias holds 2 values that are not finite",
+    ),
+    "shape": (
+        {"cls.bias": np.zeros(6, np.float32)},
+        "  mismatched  cls.bias: file (6,), config (5,);",
+    ),
+    "unexpected": ({"extra.weight": np.zeros(1, np.float32)}, "  unexpected  extra.weight"),
+    "integers": ({"cls.bias": np.zeros(5, np.int64)}, "  mismatched  cls.bias: file int64, "),
+    "markup": ({"[red]x[/": np.zeros(1, np.float32)}, "  unexpected  [red]x[/"),
+}
+
+
+@pytest.mark.parametrize("case", DEFECTS)
+def test_inspect_defects(case, run, tmp_path):
+    replaced, line = DEFECTS[case]
+    status, out, err = run("inspect", checkpoint(tmp_path / "bad", **replaced))
+    assert (status, err) == (1, "")
+    assert any(found.startswith(line) for found in out.splitlines()), out
+    assert "nothing is wrong" not in out
+
+
+def test_large_float64_is_finite(run, tmp_path):
+    bias = np.array([1e300] * 5)
+    status, out, err = run(
+        "inspect", checkpoint(tmp_path / "x", dtype="float64", **{"cls.bias": bias})
+    )
+    assert (status, err) == (0, "") and out.endswith("nothing is wrong with it\n")
+
+
+def flip_last_byte(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+def test_damage_is_found(run, refused, source, tmp_path):
+    """A flipped bit: inspect says so, verify refuses, and convert does not launder it."""
+    flip_last_byte(source / WEIGHTS)
+    status, out, _ = run("inspect", source)
+    sentence = f"{source / WEIGHTS}: the data has changed since it was written (CRC-32 "
+    assert status == 1 and f"wrong  {sentence}" in out
+    assert refused("verify", source, "--backends", "pt,flax").startswith(sentence)
+    assert refused("convert", source, tmp_path / "new").startswith(sentence)
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_class(run, source):
+    status, out, _ = run("inspect", source, "--architecture", PRETRAINING)
+    assert status == 1
+    assert out.splitlines()[-4:] == [
+        f"wrong  cannot load {PRETRAINING} from '{source}': 2 problems",
+        "  missing     cls.predictions.bias and 6 more",
+        "  unexpected  cls.{bias, weight}: the head of VisualBertForMultipleChoice or "
+        "VisualBertForQuestionAnswering or VisualBertForVisualReasoning",
+        "To train a new head on this body, convert it with --new-head.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a[red]b[/]", "[/bold]", "[b", "ü – 可", "a\x1b[31mb", "back\\"])
+def test_names_are_shown_as_they_are(name, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / name)
+    shown = name.replace("\x1b", "\\x1b")
+    status, out, err = run("inspect", name)
+    assert (status, err) == (0, "") and out.startswith(f"{shown}  {ANSWERS}\n")
+    status, out, err = run("convert", name, f"{name}2")
+    assert (status, err) == (0, "") and out.startswith(f"{shown} → {shown}2 (safetensors): ")
+
+
+# convert
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_there_and_back(to, dtype, run, tmp_path):
+    """Bit for bit, denormals, infinities and NaN included."""
+    odd = np.array([1e-45, np.inf, -np.inf, np.nan, -0.0], np.float32)
+    source = checkpoint(tmp_path / "source", dtype=dtype)
+    safetensors_bias = cast(odd, dtype)
+    checkpoint(source, dtype=dtype, **{"cls.bias": safetensors_bias})
+    status, out, err = run("convert", source, tmp_path / to, "--to", to)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{source} → {tmp_path / to} ({to}): {ANSWERS}, 29 tensors, ")
+    native = {"bin": "pytorch_model.bin", "keras": "model.weights.h5", "flax": "orbax"}[to]
+    assert sorted(os.listdir(tmp_path / to)) == ["config.json", native]
+    assert run("convert", tmp_path / to, tmp_path / "back")[0] == 0
+    assert sorted(os.listdir(tmp_path / "back")) == ["config.json", WEIGHTS]
+    back = read_weights(tmp_path / "back")
+    assert differing_bits(read_weights(source), back) == []
+    assert back.verify_checksum()
+    configs = [json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back")]
+    assert configs[0] == configs[1] and configs[0]["dtype"] == dtype
+
+
+def test_through_every_format(run, tmp_path):
+    source = checkpoint(tmp_path / "0", PRETRAINING, "bfloat16")
+    chain = ["keras", "flax", "bin", "flax", "keras", "safetensors"]
+    for i, to in enumerate(chain):
+        assert run("convert", tmp_path / str(i), tmp_path / str(i + 1), "--to", to)[0] == 0
+    assert differing_bits(read_weights(source), read_weights(tmp_path / str(len(chain)))) == []
+    assert run("inspect", tmp_path / "1")[0] == 0
+    assert run("inspect", tmp_path / "2")[0] == 0
+
+
+def test_dtype(run, tmp_path):
+    source = checkpoint(tmp_path / "source", dtype="float32")
+    for dtype in ("float16", "bfloat16", "float64"):
+        assert run("convert", source, tmp_path / dtype, "--dtype", dtype)[0] == 0
+        found, original = read_weights(tmp_path / dtype), read_weights(source)
+        for name in original.specs:
+            assert np.array_equal(found.read(name), cast(original.read(name), dtype))
+        assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
+    assert run("convert", tmp_path / "float64", tmp_path / "again", "--dtype", "float32")[0] == 0
+    assert differing_bits(read_weights(source), read_weights(tmp_path / "again")) == []
+
+
+def test_new_head_and_body(run, refused, tmp_path):
+    source = checkpoint(tmp_path / "source", PRETRAINING)
+    new = tmp_path / "new"
+    assert refused("convert", source, new, "--architecture", ANSWERS, lines=4) == (
+        f"cannot load {ANSWERS} from '{source}': 2 problems\n"
+        "  missing     cls.{weight, bias}\n"
+        f"  unexpected  cls.predictions.bias and 6 more: the head of {PRETRAINING}\n"
+        "To train a new head on this body, convert it with --new-head."
+    )
+    assert not new.exists()
+    status, out, _ = run("convert", source, new, "--architecture", ANSWERS, "--new-head")
+    assert status == 0 and out.splitlines()[2:] == ["  drawn anew: cls.weight, cls.bias"]
+    seeded = ["--architecture", ANSWERS, "--new-head", "--seed", 1]
+    assert run("convert", source, tmp_path / "seeded", *seeded)[0] == 0
+    assert differing_bits(read_weights(new), read_weights(tmp_path / "seeded")) == ["cls.weight"]
+    assert run("convert", new, tmp_path / "body", "--architecture", BODY)[0] == 0
+    assert json.loads((tmp_path / "body" / "config.json").read_text())["architectures"] == [BODY]
+    assert len(read_weights(tmp_path / "body").specs) == 27
+
+
+@pytest.fixture
+def bert(tmp_path):
+    """A tiny BERT as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    fields = {k: getattr(CONFIG, k) for k in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    fields |= {"num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 36}
+    transformers.BertForPreTraining(transformers.BertConfig(**fields)).save_pretrained(
+        tmp_path / "bert"
+    )
+    return tmp_path / "bert"
+
+
+def test_bert(run, refused, bert, tmp_path):
+    new = tmp_path / "new"
+    assert refused("convert", bert, new) == (
+        f"{bert} is a BERT; say with --architecture which VisualBERT it shall become"
+    )
+    to = ["--architecture", PRETRAINING]
+    assert refused("convert", bert, new, *to, "--visual-embedding-dim", 0) == (
+        f"{bert}/config.json: visual_embedding_dim=0 must lie between 1 and 2147483647"
+    )
+    huge = refused("convert", bert, new, *to, "--visual-embedding-dim", 2**31 - 1)
+    assert "not enough memory" in huge or "the disk has" in huge
+    assert not new.exists()
+    status, out, _ = run("convert", bert, new, *to, "--visual-embedding-dim", 20)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[1] == (
+        "  copied from the text tables: "
+        "visual_bert.embeddings.visual_token_type_embeddings.weight, "
+        "visual_bert.embeddings.visual_position_embeddings.weight"
+    )
+    assert lines[2].startswith("  drawn anew: visual_bert.embeddings.visual_projection.weight, ")
+    found, theirs = read_weights(new), read_weights(bert)
+    for name in ("encoder.layer.0.output.dense.weight", "embeddings.word_embeddings.weight"):
+        assert np.array_equal(found.read(f"visual_bert.{name}"), theirs.read(f"bert.{name}"))
+    assert run("inspect", new)[0] == 0
+    assert refused("inspect", bert) == (
+        f"{bert}/config.json: model_type is 'bert', expected 'visual_bert'"
+    )
+    assert refused("convert", new, tmp_path / "x", "--visual-embedding-dim", 20) == (
+        f"--visual-embedding-dim is for a BERT; {new} is a VisualBERT"
+    )
+
+
+def test_force(run, refused, source, tmp_path):
+    """Replacing means that nothing of what was there is left to be read by mistake."""
+    target = checkpoint(tmp_path / "target", PRETRAINING)
+    (target / "notes.txt").write_text("mine")
+    assert refused("convert", source, target) == (
+        f"{target} already holds config.json, model.safetensors; pass --force to replace it"
+    )
+    assert len(read_weights(target).specs) == 34
+    for to in ("bin", "keras", "flax", "safetensors", "flax", "bin"):
+        assert run("convert", source, target, "--to", to, "--force")[0] == 0
+        assert run("inspect", target)[0] == 0
+        assert len(os.listdir(target)) == 3
+    (target / "pytorch_model.bin").rename(target / "pytorch_model-00001-of-00001.bin")
+    index = {
+        "weight_map": dict.fromkeys(
+            random_tensors(ANSWERS, CONFIG).specs, "pytorch_model-00001-of-00001.bin"
+        )
+    }
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert run("inspect", target)[0] == 0
+    assert run("convert", source, target, "--force")[0] == 0
+    assert sorted(os.listdir(target)) == ["config.json", WEIGHTS, "notes.txt"]
+
+
+def test_onto_itself(refused, source, tmp_path):
+    before = (source / WEIGHTS).read_bytes()
+    (tmp_path / "link").symlink_to(source)
+    for target in (source, f"{source}/", tmp_path / "link", source / ".." / source.name):
+        for force in ([], ["--force"]):
+            text = refused("convert", source, target, *force)
+            assert text.endswith(" is the source itself; write to another folder")
+    assert (source / WEIGHTS).read_bytes() == before
+
+
+# Broken files in the frameworks' own formats
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def truncate(folder):
+    path = folder / "model.weights.h5"
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_data(folder):
+    for path in (folder / "orbax" / "d").iterdir():
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 8
+        path.write_bytes(data)
+
+
+def empty(folder):
+    shutil.rmtree(folder / "orbax")
+    (folder / "orbax").mkdir()
+
+
+BROKEN = {
+    "keras": [
+        truncate,
+        lambda folder: (folder / "model.weights.h5").write_text("hello"),
+        lambda folder: edit_config(folder, num_hidden_layers=2),
+        lambda folder: edit_config(folder, num_hidden_layers=0),
+        lambda folder: edit_config(folder, vocab_size=114),
+        lambda folder: edit_config(folder, architectures=[PRETRAINING]),
+        lambda folder: edit_config(folder, architectures=[BODY]),
+    ],
+    "flax": [
+        empty,
+        flip_data,
+        lambda folder: edit_config(folder, num_hidden_layers=2),
+        lambda folder: edit_config(folder, num_hidden_layers=0),
+        lambda folder: edit_config(folder, vocab_size=114),
+        lambda folder: edit_config(folder, architectures=[PRETRAINING]),
+        lambda folder: edit_config(folder, architectures=[BODY]),
+    ],
+}
+
+
+@pytest.mark.parametrize("to", BROKEN)
+def test_broken_native_files(to, run, refused, source, tmp_path):
+    whole = tmp_path / "whole"
+    assert run("convert", source, whole, "--to", to)[0] == 0
+    for i, damage in enumerate(BROKEN[to]):
+        broken = shutil.copytree(whole, tmp_path / str(i))
+        damage(broken)
+        text = refused("convert", broken, tmp_path / "out")
+        assert f"{broken}/" in text and " that config.json describes (" in text
+        assert text.endswith("); convert it again") and len(text) < 600
+        assert not (tmp_path / "out").exists()
+    edit_config(whole, dtype="int8")
+    assert refused("inspect", whole) == (
+        f"{whole}/config.json: dtype='int8' is not one of float64, float32, float16, bfloat16"
+    )
+
+
+# verify
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    path = tmp_path / "batch.safetensors"
+    safetensors.numpy.save_file(make_inputs(CASES[1], BODY, CONFIG), path)
+    return path
+
+
+def test_verify(run, inputs, tmp_path):
+    source, report = checkpoint(tmp_path / "body", BODY), tmp_path / "report.json"
+    options = ["--backends", "pt,flax", "--inputs", inputs, "--json", report]
+    status, out, err = run("verify", source, *options)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{source}  {BODY}, float64\n")
+    assert out.endswith("pt, flax agree within 1e-09\n")
+    found = json.loads(report.read_text())
+    assert found["passed"] is True and found["backends"] == ["pt", "flax"]
+    assert [row["case"] for row in found["rows"]] == ["batch", "save and reload", "save and reload"]
+    status, out, _ = run("verify", source, *options, "--tolerance", 1e-30)
+    assert status == 1 and out.endswith("pt, flax do not agree within 1e-30\n")
+    assert json.loads(report.read_text())["passed"] is False
+
+
+@pytest.mark.slow
+def test_verify_everything(run, source, tmp_path):
+    """All backends, in an order that imports TensorFlow first, and transformers."""
+    done = process("verify", source, "--backends", "tf, pt ,flax,tf", "--against", "transformers")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "tf, pt, flax, transformers agree within 1e-09" in done.stdout
+    keras = tmp_path / "keras"
+    assert run("convert", source, keras, "--to", "keras")[0] == 0
+    assert run("verify", keras, "--dtype", "float32", "--backends", "tf,pt")[0] == 0
+    status, _, err = run("verify", keras, "--backends", "pt", "--against", "transformers")
+    assert status == 2 and f"{keras}: no weights found; looked for model.safetensors" in err
+
+
+def test_verify_refusals(refused, source, inputs, tmp_path):
+    both = ["--backends", "pt,flax"]
+    assert refused("verify", source, "--backends", "pt") == (
+        "there is nothing to compare pt with; name two in --backends, or pass --against "
+        "transformers"
+    )
+    assert refused("verify", source, "--backends", "pt,pt").startswith("there is nothing")
+    unknown = "unknown backend 'mxnet'; expected one of pt, tf, flax"
+    assert refused("verify", source, "--backends", "pt,mxnet") == unknown
+    assert refused("verify", source, "--backends", "pt,").startswith("unknown backend ''; ")
+    for tolerance in ("0", "-1", "nan", "inf"):
+        text = refused("verify", source, f"--tolerance={tolerance}")
+        assert text.startswith("--tolerance ") and text.endswith(" must be a positive number")
+    assert refused("verify", source, *both, "--dtype", "bfloat16") == (
+        "dtype 'bfloat16' is not one of float64, float32"
+    )
+    for path in (tmp_path, tmp_path / "no" / "x.json"):
+        assert refused("verify", source, *both, "--json", path) == (
+            f"--json {path}: not a file in a folder that exists"
+        )
+    arrays = safetensors.numpy.load_file(inputs)
+    for name, changed, sentence in (
+        ("x.npz", {}, "x.npz: expected a .safetensors file of inputs"),
+        ("missing.safetensors", None, "missing.safetensors: no such file"),
+        ("unknown.safetensors", {"pixels": np.zeros(1)}, "pixels is not an input of VisualBERT"),
+        (
+            "other.safetensors",
+            {"sentence_image_labels": np.zeros(3, np.int64)},
+            f"sentence_image_labels is not an input of {ANSWERS}; leave it out",
+        ),
+        (
+            "wide.safetensors",
+            {"visual_embeds": np.zeros((3, 7, 12), np.float32)},
+            "visual_embeds: the features are 12 wide, the model reads visual_embedding_dim=20",
+        ),
+        (
+            "words.safetensors",
+            {"input_ids": np.full((3, 11), 113)},
+            "input_ids[0, 0] is 113, expected 0 to 112 (vocab_size = 113)",
+        ),
+    ):
+        path = tmp_path / name
+        if changed is not None:
+            safetensors.numpy.save_file({**arrays, **changed}, path)
+        assert sentence in refused("verify", source, *both, "--inputs", path)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "verify"])
+def test_no_checkpoint(command, refused, tmp_path):
+    new = tmp_path / "new"
+    rest = [new] if command == "convert" else []
+
+    def say(source):
+        text = refused(command, source, *rest)
+        assert not new.exists()
+        return text
+
+    assert say(tmp_path / "none") == f"{tmp_path}/none: no such folder"
+    assert say("") == "the checkpoint's name is empty; expected a folder or a Hub id"
+    (tmp_path / "file").write_text("x")
+    assert say(tmp_path / "file") == (
+        f"{tmp_path}/file is a file; expected a folder with config.json and weights"
+    )
+    (tmp_path / "empty").mkdir()
+    empty = say(tmp_path / "empty")
+    assert empty.startswith(f"{tmp_path}/empty: no weights found; ") or (
+        empty == f"{tmp_path}/empty/config.json: no such file; a checkpoint folder needs one"
+    )
+    broken = checkpoint(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    assert say(broken).startswith(f"{broken}/config.json: not readable as JSON: ")
+    edit = {"hidden_size": 770}
+    (broken / "config.json").write_text(json.dumps(edit))
+    assert say(broken) == (
+        f"{broken}/config.json: hidden_size=770 must be a multiple of num_attention_heads=12"
+    )
+    (broken / "config.json").unlink()
+    assert say(broken) == f"{broken}/config.json: no such file; a checkpoint folder needs one"
+    nameless = checkpoint(tmp_path / "nameless")
+    edit_config(nameless, architectures=[])
+    assert say(nameless) == (
+        f"{nameless}: config.json names no architecture; load it with the class you mean, or pass "
+        "--architecture on the command line"
+    )
+    edit_config(nameless, architectures=["BertModel"])
+    assert say(nameless).startswith("unknown architecture 'BertModel'; expected one of ")
+    cut = checkpoint(tmp_path / "cut")
+    os.truncate(cut / WEIGHTS, 3000)
+    assert say(cut).startswith(f"{cut}/{WEIGHTS}: not a whole safetensors file (")
+    absurd = checkpoint(tmp_path / "absurd")
+    (absurd / WEIGHTS).write_bytes(struct.pack("<Q", 2**63) + b"{}")
+    assert say(absurd).startswith(f"{absurd}/{WEIGHTS}: not a whole safetensors file (")
+
+
+def test_malicious_pickle(refused, source, tmp_path):
+    import torch
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/canary",)
+
+    (source / WEIGHTS).unlink()
+    torch.save({"cls.bias": Evil()}, source / "pytorch_model.bin")
+    for command in (["inspect", source], ["convert", source, tmp_path / "new"]):
+        text = refused(*command)
+        assert text.startswith(f"{source}/pytorch_model.bin: refused, because it is not weights")
+    assert not (tmp_path / "canary").exists() and not (tmp_path / "new").exists()
+
+
+def test_targets(refused, source, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert refused("convert", source, tmp_path / "file") == (
+        f"{tmp_path}/file is a file; DST must be a folder"
+    )
+    below = tmp_path / "file" / "below"
+    assert refused("convert", source, below).startswith(f"cannot write {below}: ")
+    assert refused("convert", source, "/proc/x/y").startswith("cannot write /proc/x/y: ")
+    assert "File name too long" in refused("convert", source, tmp_path / ("x" * 300))
+    new = tmp_path / "new" / "deep"
+    for options, sentence in (
+        (["--dtype", "int8"], "dtype 'int8' is not one of float64, float32, float16, bfloat16"),
+        (["--dtype", ""], "dtype '' is not one of float64, float32, float16, bfloat16"),
+        (["--architecture", "Bert"], "unknown architecture 'Bert'; expected one of "),
+        (["--seed", "-1"], "seed=-1 must be an integer from 0 up"),
+    ):
+        assert refused("convert", source, new, *options).startswith(sentence)
+    assert sorted(os.listdir(tmp_path)) == ["file", "source"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["safetensors", "bin", "keras", "flax"])
+def test_full_disk(to, refused, source, tmp_path, monkeypatch):
+    target = checkpoint(tmp_path / "target", PRETRAINING)
+    before = {p.name: p.read_bytes() for p in target.iterdir()}
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    text = refused("convert", source, target, "--to", to, "--force")
+    assert text.startswith(f"cannot write {target}: it needs 0.1 MB and the disk has 0.0 MB left; ")
+    assert f"cannot write {tmp_path}/new/x: " in refused("convert", source, tmp_path / "new" / "x")
+    assert {p.name: p.read_bytes() for p in target.iterdir()} == before
+    assert sorted(os.listdir(tmp_path)) == ["source", "target"]
+
+
+def test_hub(source):
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(source / "cache")}
+    done = process("inspect", "uclanlp/visualbert-vqa", env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "visualbert inspect: uclanlp/visualbert-vqa: no such folder here, and the Hub did not give "
+        "it (it cannot be reached, and nothing is in the cache); check the name and the "
+        "connection, or pass a local folder\n"
+    )
+
+
+def test_interrupt_and_memory(run, source, monkeypatch):
+    from visualbert.cli import inspect
+
+    for error, status, sentence in (
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError("8 GiB for an array"), 2, "not enough memory (8 GiB for an array)"),
+        (OSError(5, "Input/output error"), 2, "[Errno 5] Input/output error"),
+    ):
+
+        def fail(args, error=error):
+            raise error
+
+        monkeypatch.setattr(inspect, "run", fail)
+        assert run("inspect", source) == (status, "", f"visualbert inspect: {sentence}\n")
+
+
+# As a process
+
+
+def test_tensorflow_keeps_quiet(source, tmp_path):
+    done = process("convert", source, tmp_path / "keras", "--to", "keras")
+    assert (done.returncode, done.stderr) == (0, "")
+    code = (
+        "from visualbert.cli import common\nimport os, visualbert.backend\n"
+        "def broken(name): os.write(2, b'the reason'); raise ImportError\n"
+        "visualbert.backend.get_backend = broken\ncommon.load_backend('tf')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("the reason")
+
+
+def test_closed_and_narrow_streams(source):
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "wide"}
+    done = process("convert", source, source.parent / "ascii", env=env)
+    assert done.returncode == 0 and f"{source} \\u2192 {source.parent}/ascii" in done.stdout
+    done = process("inspect", source, "--schema", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "visualbert", "inspect", str(source), "--schema"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    convert = f"{sys.executable} -m visualbert convert {source} {source.parent}/closed"
+    for i, redirect in enumerate(("2>&-", ">&-", ">&- 2>&-")):
+        done = subprocess.run(f"{convert}{i} --to bin {redirect}", shell=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_control_c(source, tmp_path):
+    """In the middle of a conversion: 130, one word, and nothing at the target."""
+    code = (
+        "import os, signal, sys\nfrom visualbert.checkpoint import write\n"
+        "write.save_file = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from visualbert.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "convert", source, tmp_path / "a" / "b"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "visualbert convert: interrupted\n")
+    assert os.listdir(tmp_path) == ["source"]
+    assert signal.SIGINT == 2
