@@ -1044,7 +1044,7 @@ def test_killed_while_saving(tmp_path, monkeypatch):
             [sys.executable, "-c", SAVER, str(folder)], stdout=subprocess.PIPE
         ) as child:
             assert child.stdout.readline() == b"ready\n"
-            time.sleep(draw.uniform(0.0, 0.06))
+            time.sleep(draw.uniform(0.0, 0.15))
             child.kill()
         found = {float(v) for a in load_whole(folder).values() for v in (a.min(), a.max())}
         assert len(found) == 1

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def time_loads(folder: str, sizes: list[int], runs: int) -> dict[str, list[list[
     return found
 
 
-def paired(a: list[float], b: list[float]) -> str:
+def paired(a: Sequence[float], b: Sequence[float]) -> str:
     """Median and range of b / a, turn by turn: above 1, a is the faster."""
     ratios = sorted(y / x for x, y in zip(a, b, strict=True))
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"

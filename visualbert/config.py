@@ -14,6 +14,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from visualbert.errors import ConfigError
@@ -205,6 +206,13 @@ class VisualBertConfig:
             changes = {"num_labels": None, "id2label": None, "extra": extra, **changes}
         return dataclasses.replace(self, **changes)
 
+    def get_text_config(self) -> SimpleNamespace:
+        """Special tokens for transformers' `Trainer`, which overwrites them with its tokenizer's: a
+        copy, as no model reads them.
+        """
+        ids = ("eos_token_id", "bos_token_id", "pad_token_id")
+        return SimpleNamespace(**{name: getattr(self, name) for name in ids})
+
     def _check_types(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -282,6 +290,18 @@ class VisualBertConfig:
                 "tie_word_embeddings=False is not VisualBERT, whose language-model head decodes "
                 "with the word table; set it to true"
             )
+
+
+_refuse = VisualBertConfig.__setattr__
+
+
+def _assign(config: VisualBertConfig, name: str, value: Any) -> None:
+    """transformers' `Trainer` sets `use_cache` on the config of every model; nothing reads it."""
+    if name != "use_cache":
+        _refuse(config, name, value)
+
+
+VisualBertConfig.__setattr__ = _assign  # type: ignore[method-assign, assignment]
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

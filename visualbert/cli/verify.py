@@ -106,11 +106,6 @@ def _backends(asked: str | None, against: str | None) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in names))
     if not names:
         raise UsageError("no framework is installed: pip install visualbert[all]")
-    if len(names) == 1 and not against:
-        raise UsageError(
-            f"there is nothing to compare {names[0]} with; name two in --backends, or pass "
-            "--against transformers"
-        )
     for name in [*names, *([against] if against else [])]:
         load_backend(name)  # an unknown or missing one is an error before anything is loaded
     return names
@@ -144,5 +139,8 @@ def _print(report: Any, out: Any) -> None:
     source = escape(worded(report.source))
     out.print(f"[bold]{source}[/bold]  {report.architecture}, {report.dtype}", soft_wrap=True)
     out.print(made)
+    if len(report.backends) == 1:
+        out.print(f"{report.backends[0]} was compared with nothing but its own files")
+        return
     outcome = "agree" if report.passed else "[bold red]do not agree[/bold red]"
     out.print(f"{', '.join(report.backends)} {outcome} within {report.tolerance:g}")

@@ -40,7 +40,7 @@ class FlaxBackend:
         model.eval()
         return model
 
-    def variables(self, model: nnx.Module) -> dict[str, nnx.Param]:
+    def variables(self, model: Any) -> dict[str, nnx.Param]:
         return {
             ".".join(map(str, path)): node
             for path, node in nnx.iter_graph(model)
@@ -58,12 +58,12 @@ class FlaxBackend:
         with _precision(dtype):
             variable.set_value(jnp.array(array, dtype))
 
-    def call(self, model: nnx.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def call(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with _precision(model.dtype):
             output = model(**inputs)
         return {name: np.asarray(value) for name, value in flatten_outputs(output)}
 
-    def gradients(self, model: nnx.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with _precision(model.dtype):
             found = nnx.grad(lambda m: m(**inputs).loss)(model)
         return {
@@ -71,13 +71,13 @@ class FlaxBackend:
             for path, value in nnx.to_flat_state(found)
         }
 
-    def save_native(self, model: nnx.Module, path: Path) -> None:
+    def save_native(self, model: Any, path: Path) -> None:
         import orbax.checkpoint as ocp
 
         with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.absolute(), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
-    def load_native(self, model: nnx.Module, path: Path) -> None:
+    def load_native(self, model: Any, path: Path) -> None:
         import orbax.checkpoint as ocp
 
         with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:

@@ -340,15 +340,20 @@ class PreTrainedModel(PreTrained, nnx.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per layer for the backward pass and compute the others again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
+        self.body.encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
+        self.body.encoder.gradient_checkpointing = False
 
-    def get_input_embeddings(self) -> nnx.Module:
+    @property
+    def body(self) -> Any:
+        """The `VisualBertModel` below the head, or the model itself."""
+        return getattr(self, "visual_bert", self)
+
+    def get_input_embeddings(self) -> Any:
         """The word table."""
-        return getattr(self, "visual_bert", self).embeddings.word_embeddings
+        return self.body.embeddings.word_embeddings
 
     @property
     def dtype(self) -> Any:
@@ -529,7 +534,7 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
         labels, match = self.edge(self.architecture, labels_in, **sizes).values()
         word_table = self.visual_bert.embeddings.word_embeddings.embedding
@@ -668,7 +673,7 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, sequence, text)
         answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
@@ -798,7 +803,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
-        require(self.architecture, visual_embeds=visual_embeds)
+        features: Any = require(self.architecture, visual_embeds=visual_embeds)
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -813,7 +818,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
+        regions = sequence[:, sequence.shape[1] - features.shape[1] :]  # B V H
         positions, labels = self.edge(
             self.architecture,
             {"region_to_phrase_position": region_to_phrase_position, "labels": labels},

@@ -102,7 +102,7 @@ class Embeddings(nn.Module):
         )  # B T H
         if visual_embeds is not None:
             regions = self.embed_regions(visual_embeds, visual_token_type_ids, image_text_alignment)
-            embeddings = torch.concatenate([embeddings, regions], axis=1)  # B S H
+            embeddings = torch.concatenate([embeddings, regions], dim=1)  # B S H
         return self.dropout(self.LayerNorm(embeddings))
 
     def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
@@ -340,7 +340,7 @@ class PreTrainedModel(PreTrained, nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
         """Keep one activation per layer in training and compute the others again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
+        self.body.encoder.gradient_checkpointing = True
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False
@@ -356,11 +356,16 @@ class PreTrainedModel(PreTrained, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
+        self.body.encoder.gradient_checkpointing = False
 
-    def get_input_embeddings(self) -> nn.Module:
+    @property
+    def body(self) -> Any:
+        """The `VisualBertModel` below the head, or the model itself."""
+        return getattr(self, "visual_bert", self)
+
+    def get_input_embeddings(self) -> Any:
         """The word table."""
-        return getattr(self, "visual_bert", self).embeddings.word_embeddings
+        return self.body.embeddings.word_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -478,7 +483,7 @@ class VisualBertModel(PreTrainedModel):
             hidden_states, attentions = self.encoder(
                 text_embeddings, text_keys, output_attentions=output_attentions
             )
-            joint = torch.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
+            joint = torch.concatenate([hidden_states[-1], embeddings[:, text_length:]], dim=1)
             last, probs = self.additional_layer(joint, visible, output_attentions=output_attentions)
             hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
@@ -548,7 +553,7 @@ class VisualBertForPreTraining(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
         labels, match = self.edge(self.architecture, labels_in, **sizes).values()
         word_table = self.visual_bert.embeddings.word_embeddings.weight
@@ -687,7 +692,7 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, sequence, text)
         answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
@@ -818,7 +823,7 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
-        require(self.architecture, visual_embeds=visual_embeds)
+        features: Any = require(self.architecture, visual_embeds=visual_embeds)
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -833,7 +838,7 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, sequence.shape[1] - visual_embeds.shape[1] :]  # B V H
+        regions = sequence[:, sequence.shape[1] - features.shape[1] :]  # B V H
         positions, labels = self.edge(
             self.architecture,
             {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
@@ -869,7 +874,7 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
     ones = torch.ones_like(embeddings[:, :, 0], dtype=torch.bool)  # B S
     text_mask = ones[:, :text_length] if text_mask is None else text_mask != 0
     visual_mask = ones[:, text_length:] if visual_mask is None else visual_mask != 0
-    return torch.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
+    return torch.concatenate([text_mask, visual_mask], dim=1)[:, None, None, :]
 
 
 def first_token(hidden_states, text_mask):

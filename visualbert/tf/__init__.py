@@ -32,7 +32,7 @@ __all__ = [
 
 optree.register_pytree_node(
     ModelOutput,
-    lambda output: (*flatten(output), tuple(output)),
-    unflatten,
+    lambda output: (*flatten(output), tuple(output)),  # type: ignore[arg-type]
+    unflatten,  # type: ignore[arg-type]
     namespace="keras",
 )

@@ -502,15 +502,20 @@ class PreTrainedModel(PreTrained, keras.Model):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per layer in training and compute the others again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = True
+        self.body.encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        getattr(self, "visual_bert", self).encoder.gradient_checkpointing = False
+        self.body.encoder.gradient_checkpointing = False
 
-    def get_input_embeddings(self) -> keras.layers.Layer:
+    @property
+    def body(self) -> Any:
+        """The `VisualBertModel` below the head, or the model itself."""
+        return getattr(self, "visual_bert", self)
+
+    def get_input_embeddings(self) -> Any:
         """The word table."""
-        return getattr(self, "visual_bert", self).embeddings.word_embeddings
+        return self.body.embeddings.word_embeddings
 
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
         """Inputs as tensors, refused where they do not fit (`inputs.contract`)."""
@@ -691,7 +696,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
         labels, match = self.edge(self.architecture, labels_in, **sizes).values()
         word_table = self.visual_bert.embeddings.word_embeddings.embeddings
@@ -837,7 +842,7 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         )
         sequence = outputs.last_hidden_state
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
-        text = input_ids if inputs_embeds is None else inputs_embeds
+        text: Any = input_ids if inputs_embeds is None else inputs_embeds
         position = self.answer_position(attention_mask, sequence, text)
         answer = gather(sequence, position)[:, 0]
         logits = self.cls(self.dropout(answer))
@@ -976,7 +981,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             batch.
         """
         require(self.architecture, region_to_phrase_position=region_to_phrase_position)
-        require(self.architecture, visual_embeds=visual_embeds)
+        features: Any = require(self.architecture, visual_embeds=visual_embeds)
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -991,7 +996,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, ops.shape(sequence)[1] - ops.shape(visual_embeds)[1] :]  # B V H
+        regions = sequence[:, ops.shape(sequence)[1] - ops.shape(features)[1] :]  # B V H
         positions, labels = self.edge(
             self.architecture,
             {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
