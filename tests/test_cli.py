@@ -45,8 +45,9 @@ def source(tmp_path):
 
 
 @pytest.fixture
-def run(capfd):
+def run(capfd, monkeypatch):
     """Runs a command in this process: exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "160")  # pytest-xdist sets its own
 
     def call(*arguments):
         capfd.readouterr()

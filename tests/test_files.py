@@ -900,6 +900,7 @@ def test_unwritable_targets(tmp_path):
         f"cannot write {file}/below: Not a directory; nothing there was changed"
     )
     assert refused(save, "/proc/nothing/here", arrays).endswith("nothing there was changed")
+    assert "File name too long" in refused(save, tmp_path / "new" / ("x" * 300), arrays)
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "it is not a folder" in refused(save, tmp_path / "link", arrays)
     assert file.read_text() == "mine"

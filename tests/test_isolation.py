@@ -86,14 +86,15 @@ def test_without_any_framework(tmp_path):
 import visualbert
 from visualbert.cli import main
 assert main(["inspect", {str(tmp_path / "a")!r}]) == 0
-assert main(["convert", {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}, "--dtype", "bfloat16"]) ==
-0 for name, extra in (("VisualBertModel", "pt"), ("TFVisualBertModel", "tf"),
-    ("FlaxVisualBertModel", "flax")): try:
-        getattr(visualbert, name)
+source, target = {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}
+assert main(["convert", source, target, "--dtype", "bfloat16"]) == 0
+for prefix, extra in (("", "pt"), ("TF", "tf"), ("Flax", "flax")):
+    try:
+        getattr(visualbert, prefix + "VisualBertModel")
     except ImportError as error:
         assert f"pip install visualbert[{{extra}}]" in str(error), error
     else:
-        raise AssertionError(name)
+        raise AssertionError(prefix)
 print("done")
 """
     )

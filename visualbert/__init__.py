@@ -28,6 +28,7 @@ _HOMES = {
     "InputError": "visualbert.errors",
     "HubError": "visualbert.errors",
     "MissingBackendError": "visualbert.errors",
+    "UsageError": "visualbert.errors",
 }
 _FRAMEWORKS = {
     "": ("visualbert.pt", "pt"),

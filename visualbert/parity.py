@@ -260,7 +260,7 @@ def verify(
 
     Raises:
         CheckpointError: a backend cannot load the checkpoint.
-        UsageError: there is nothing to compare.
+        UsageError: `dtype` is another type.
     """
     if dtype not in TOLERANCES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(TOLERANCES)}")

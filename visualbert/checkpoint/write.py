@@ -53,9 +53,11 @@ def replace_files(
         CheckpointError: the folder cannot be written; what it held is untouched.
     """
     folder = Path(folder)
-    made: list[Path] = []
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    if not missing and not folder.is_dir():
+        raise CheckpointError(f"cannot write {folder}: it is not a folder; nothing was changed")
     try:
-        made = _make_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder)
         _check_space(folder, size)
         with _workspace(folder) as new, _workspace(folder) as old:
@@ -73,18 +75,9 @@ def replace_files(
             f"cannot write {folder}: {reason}; nothing there was changed"
         ) from error
     finally:
-        for path in reversed(made):
+        for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()  # empty only where writing failed
-
-
-def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder` and its parents; those that were not there, outermost first."""
-    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError(f"cannot write {folder}: it is not a folder; nothing was changed")
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing[::-1]
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -154,9 +154,9 @@ class SelfAttention(nnx.Module):
         query = self.split_heads(self.query(hidden_states))
         key = self.split_heads(self.key(hidden_states))
         value = self.split_heads(self.value(hidden_states))
-        # The fused form has no dropout, and rounds its softmax to float32.
+        # The fused form has no dropout, a float32 softmax, and no float16 on CPU and TPU under jit.
         dropping = self.dropout.rate > 0 and not self.dropout.deterministic
-        plain = output_attentions or dropping or query.dtype == jnp.float64
+        plain = output_attentions or dropping or query.dtype in (jnp.float64, jnp.float16)
         if self.fused and not plain:
             context, probs = self.fused_attention(query, key, value, visible), None
         else:
@@ -340,20 +340,19 @@ class PreTrainedModel(PreTrained, nnx.Module):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per layer for the backward pass and compute the others again."""
-        self.body.encoder.gradient_checkpointing = True
+        self.body().encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        self.body.encoder.gradient_checkpointing = False
+        self.body().encoder.gradient_checkpointing = False
 
-    @property
     def body(self) -> Any:
         """The `VisualBertModel` below the head, or the model itself."""
         return getattr(self, "visual_bert", self)
 
     def get_input_embeddings(self) -> Any:
         """The word table."""
-        return self.body.embeddings.word_embeddings
+        return self.body().embeddings.word_embeddings
 
     @property
     def dtype(self) -> Any:
@@ -362,12 +361,11 @@ class PreTrainedModel(PreTrained, nnx.Module):
 
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
         """Inputs as arrays, refused where they do not fit (`inputs.contract`)."""
-        inputs = {
+        check_inputs(self.config, where, look, inputs, sizes)
+        return {
             name: None if x is None else as_tensor(x, is_floating(where, name), self.dtype)
             for name, x in inputs.items()
         }
-        check_inputs(self.config, where, look, inputs, sizes)
-        return inputs
 
 
 class FlaxVisualBertModel(PreTrainedModel):
@@ -902,6 +900,8 @@ def as_tensor(x, floating, dtype):
 
 def look(x):
     """The values as numpy, or None where reading them would wait for a device or fail."""
+    if isinstance(x, np.ndarray):
+        return x
     if isinstance(x, jax.core.Tracer) or any(d.platform != "cpu" for d in x.devices()):
         return None
     return np.asarray(x)

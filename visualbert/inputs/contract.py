@@ -99,6 +99,7 @@ def check_inputs(
     for name, expected in table.items():
         array = inputs.get(name)
         if array is not None:
+            _check_array(name, array)
             _check_shape(name, expected, tuple(array.shape), sizes)
             _check_values(name, expected, look(array), sizes, config)
 
@@ -124,6 +125,7 @@ def require(where: str, *one_of: Any, **named: Any) -> Any:
         raise InputError(f"{where} needs {' or '.join(named) or 'input_ids or inputs_embeds'}")
     for name, x in zip(("input_ids", "inputs_embeds"), one_of, strict=False):
         if x is not None:
+            _check_array(name, x)
             batch, *rest = BODY_INPUTS[name].axes.split()
             _check_shape(name, Input(" ".join([batch, "C", *rest])), tuple(x.shape), {})
     return present[0]
@@ -223,6 +225,13 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
         )
 
 
+def _check_array(name: str, x: Any) -> None:
+    if not hasattr(x, "shape"):
+        raise InputError(
+            f"{name} is a {type(x).__name__}, expected an array of the framework or of numpy"
+        )
+
+
 def _check_shape(
     name: str,
     expected: Input,
@@ -292,6 +301,8 @@ def _check_values(
     high = expected.high
     limit = _limit(high, sizes, config) if isinstance(high, str) else high
     bad = ~(values >= expected.low)  # also where it is not a number
+    if high is not None and np.issubdtype(values.dtype, np.floating):
+        bad |= values != np.floor(values)
     if limit is not None:
         bad |= values >= limit
     if not bad.any():
@@ -301,7 +312,10 @@ def _check_values(
     if not bad.any():
         return
     at = tuple(int(i) for i in np.argwhere(bad)[0])
-    raise InputError(f"{name}{list(at)} is {values[at]}, expected {_range(expected, limit)}")
+    value = values[at].item()
+    if high is not None and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    raise InputError(f"{name}{list(at)} is {value}, expected {_range(expected, limit)}")
 
 
 def _range(expected: Input, limit: int | None) -> str:

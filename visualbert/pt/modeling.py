@@ -340,7 +340,7 @@ class PreTrainedModel(PreTrained, nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
         """Keep one activation per layer in training and compute the others again."""
-        self.body.encoder.gradient_checkpointing = True
+        self.body().encoder.gradient_checkpointing = True
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs=None, every_n_layers=1, offload=False
@@ -356,16 +356,15 @@ class PreTrainedModel(PreTrained, nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        self.body.encoder.gradient_checkpointing = False
+        self.body().encoder.gradient_checkpointing = False
 
-    @property
     def body(self) -> Any:
         """The `VisualBertModel` below the head, or the model itself."""
         return getattr(self, "visual_bert", self)
 
     def get_input_embeddings(self) -> Any:
         """The word table."""
-        return self.body.embeddings.word_embeddings
+        return self.body().embeddings.word_embeddings
 
     @property
     def device(self) -> torch.device:
@@ -381,15 +380,14 @@ class PreTrainedModel(PreTrained, nn.Module):
         """Inputs as tensors on the model's device, refused where they do not fit
         (`inputs.contract`).
         """
-        inputs = {
+        if not torch.compiler.is_compiling():
+            check_inputs(self.config, where, look, inputs, sizes)
+        return {
             name: None
             if x is None
             else as_tensor(x, self.device, is_floating(where, name), self.dtype)
             for name, x in inputs.items()
         }
-        if not torch.compiler.is_compiling():
-            check_inputs(self.config, where, look, inputs, sizes)
-        return inputs
 
 
 class VisualBertModel(PreTrainedModel):
@@ -927,6 +925,8 @@ def as_tensor(x, device, floating, dtype):
 
 def look(x):
     """The values as numpy, or None where reading them would wait for a device or fail."""
+    if isinstance(x, np.ndarray):
+        return x
     if type(x) is not torch.Tensor or x.device.type != "cpu":
         return None
     try:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor as Array
@@ -502,29 +503,27 @@ class PreTrainedModel(PreTrained, keras.Model):
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per layer in training and compute the others again."""
-        self.body.encoder.gradient_checkpointing = True
+        self.body().encoder.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep every activation again."""
-        self.body.encoder.gradient_checkpointing = False
+        self.body().encoder.gradient_checkpointing = False
 
-    @property
     def body(self) -> Any:
         """The `VisualBertModel` below the head, or the model itself."""
         return getattr(self, "visual_bert", self)
 
     def get_input_embeddings(self) -> Any:
         """The word table."""
-        return self.body.embeddings.word_embeddings
+        return self.body().embeddings.word_embeddings
 
     def edge(self, where: str, inputs: dict[str, Any], **sizes: int) -> dict[str, Any]:
         """Inputs as tensors, refused where they do not fit (`inputs.contract`)."""
-        inputs = {
+        check_inputs(self.config, where, look, inputs, sizes)
+        return {
             name: None if x is None else as_tensor(x, is_floating(where, name), self.compute_dtype)
             for name, x in inputs.items()
         }
-        check_inputs(self.config, where, look, inputs, sizes)
-        return inputs
 
 
 @keras.saving.register_keras_serializable(package="visualbert")
@@ -1085,6 +1084,8 @@ def as_tensor(x, floating, dtype):
 
 def look(x):
     """The values as numpy, or None where reading them would wait for a device or fail."""
+    if isinstance(x, np.ndarray):
+        return x
     if not hasattr(x, "numpy") or "CPU" not in x.device:
         return None
     return x.numpy()
