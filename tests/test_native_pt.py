@@ -85,6 +85,12 @@ class TestCompile:
         asked = inputs | {"output_hidden_states": True, "output_attentions": True}
         assert difference(compiled(**asked), model(**asked)) < 1e-5
 
+    @pytest.mark.parametrize("dtype", LOW)
+    def test_in_low_precision(self, dtype):
+        model, inputs = build(ANSWERS).to(dtype), tensors(batch(ANSWERS))
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert difference(compiled(**inputs), model(**inputs)) < 1e-3
+
     @pytest.mark.slow
     @each_architecture
     def test_inductor_equals_eager(self, architecture):

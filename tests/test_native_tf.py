@@ -141,7 +141,7 @@ class TestFit:
     @pytest.mark.parametrize("eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
     @each_head
     def test_the_loss_falls(self, architecture, eagerly):
-        model, inputs = build(architecture, **DROPOUT), batch(architecture, 12)
+        model, inputs = build(architecture), batch(architecture, 12)
         compile_model(model, eagerly)
         before = mean_loss(model, inputs)
         history = model.fit(inputs, batch_size=6, epochs=2, verbose=0).history
@@ -236,6 +236,13 @@ class TestPrecision:
         assert {v.dtype for v in low.weights} == {stored}
         assert {v.dtype.name for k, v in found.items() if k != "loss"} == {width}
         assert found.loss is None or found.loss.dtype == "float32"
+
+    @pytest.mark.parametrize("xla", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+    def test_policies_in_a_graph(self, policy, xla):
+        model, inputs = build(ANSWERS, dtype=policy), tensors(batch(ANSWERS))
+        found = tf.function(lambda x: model(**x), jit_compile=xla)(inputs)
+        assert difference(found, build(ANSWERS)(**inputs)) < LOW[policy]
 
     def test_the_global_policy_counts(self):
         keras.mixed_precision.set_global_policy("mixed_bfloat16")

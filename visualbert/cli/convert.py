@@ -174,7 +174,8 @@ def write(dst: Path, tensors: Any, config: Any, to: str, remove: Iterable[str] =
             }
         else:
             backend = load_backend(name)
-            model = backend.create(config.architectures[0], config, tensors.dtype)
+            with quiet_stderr():
+                model = backend.create(config.architectures[0], config, tensors.dtype)
             fill(backend, model, _Counted(tensors, progress))
 
             def save(path: Path) -> None:

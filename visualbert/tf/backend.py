@@ -49,8 +49,7 @@ class TensorFlowBackend:
         return variable.numpy()
 
     def push(self, variable: keras.Variable, array: np.ndarray) -> None:
-        wide = array.dtype.itemsize > 2  # of half types, oneDNN complains on standard error
-        if wide and array.ndim == 2 and array.flags.f_contiguous:  # transposed on all cores
+        if array.ndim == 2 and array.flags.f_contiguous:  # TensorFlow transposes on all cores
             array = tf.transpose(tf.convert_to_tensor(array.T))
         variable.assign(array)
 
