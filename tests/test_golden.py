@@ -88,13 +88,14 @@ CASES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 def check(name, found, want, where=True):
     assert found.shape == want.shape, name
-    error = np.abs(np.where(where, found - want, 0)).max()
+    error = float(np.abs(np.where(where, found - want, 0)).max())
     assert error <= TOLERANCE, f"{name}: {error}"
+    return error
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_original_outputs(case, backend):
+def test_original_outputs(case, backend, record_property):
     architecture, config, tensors, inputs, groups = prepared(case)
     want = groups["outputs"]
     chosen = get_backend(backend)
@@ -105,28 +106,30 @@ def test_original_outputs(case, backend):
         for name, x in chosen.call(model, {**inputs, "output_attentions": True}).items()
         if name.startswith("attentions")
     }
-    check("loss", found["loss"], want["loss"])
+    errors = [check("loss", found["loss"], want["loss"])]
     if case == "flickr":
         visible = inputs["visual_attention_mask"][:, None].astype(bool)
         visible = visible & (inputs["region_to_phrase_position"] >= 0)[..., None]
-        check("logits", found["logits"], want["logits"], visible)
+        errors.append(check("logits", found["logits"], want["logits"], visible))
     else:
         logits = found.get("prediction_logits", found.get("logits"))
-        check("logits", logits, want["logits"].reshape(logits.shape))
+        errors.append(check("logits", logits, want["logits"].reshape(logits.shape)))
     if "seq_relationship_score" in want:
-        check("match", found["seq_relationship_logits"], want["seq_relationship_score"])
+        score = want["seq_relationship_score"]
+        errors.append(check("match", found["seq_relationship_logits"], score))
     compared = 0
     for name, array in want.items():
         kind, _, index = name.partition(".")
         if index:
-            check(name, found[f"{kind}.{index}"], array)
+            errors.append(check(name, found[f"{kind}.{index}"], array))
             compared += 1
     assert compared == (0 if config.bypass_transformer else 2 * config.num_hidden_layers)
+    record_property("golden", [case, "outputs", backend, max(errors)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_original_gradients(case, backend):
+def test_original_gradients(case, backend, record_property):
     architecture, config, tensors, inputs, groups = prepared(case)
     chosen = get_backend(backend)
     model = make_model(chosen, architecture, config, "float32", tensors)
@@ -136,9 +139,12 @@ def test_original_gradients(case, backend):
     want.pop("cls.predictions.decoder.weight", None)
     table = {p.name: p for p in parameters(architecture, config)}
     assert set(want) <= set(table)
+    errors = []
     for name, array in want.items():
         p = table[name]
-        check(name, to_native(chosen, p, gradients[native_name(chosen, p)]), array)
+        found = to_native(chosen, p, gradients[native_name(chosen, p)])
+        errors.append(check(name, found, array))
+    record_property("golden", [case, "gradients", backend, max(errors)])
     for name in set(table) - set(want):
         p = table[name]
         assert not gradients[native_name(chosen, p)].any(), f"{name} has a gradient here alone"
