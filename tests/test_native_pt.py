@@ -41,9 +41,14 @@ each_head = pytest.mark.parametrize("architecture", HEADS)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler_and_one_thread():
+    """Operations this small wait for their threads more than they compute."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(architecture, seed=0, **changes):

@@ -240,8 +240,8 @@ CONTROLS = {
     ),
     "shared function not called": (
         FLAX,
-        "require(self.architecture, visual_embeds=visual_embeds)",
-        "pass",
+        "features: Any = require(self.architecture, visual_embeds=visual_embeds)",
+        "features: Any = visual_embeds",
         "calls of VisualBertForRegionToPhraseAlignment.forward",
     ),
     "shape comment changed": (TF, "  # B V H", "  # B H V", "shapes of Embeddings.embed_regions"),
