@@ -21,11 +21,8 @@ from native_helpers import (
     HEADS,
     PRETRAINING,
     SIZES,
-    A,
     B,
     C,
-    E,
-    F,
     L,
     S,
     batch,
@@ -41,11 +38,20 @@ from visualbert.outputs import ModelOutput
 from visualbert.schema import ARCHITECTURES
 
 LOW = {"bfloat16": 0.25, "mixed_bfloat16": 0.25, "float16": 0.05, "mixed_float16": 0.05}
-FIXED = {A, C, E, F, L}
+
+
+def each(architectures, at_first):
+    """Parameters; those that are not in `at_first` are left to the slow run."""
+    return [pytest.param(x, marks=() if x in at_first else pytest.mark.slow) for x in architectures]
+
+
+# Tracing and compiling take most of the time: of what needs them, a few are enough at first.
+FEW = (BODY, PRETRAINING, ANSWERS)
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_head = pytest.mark.parametrize("architecture", HEADS)
-# XLA compiles anew for every size; one architecture is enough for a quick run.
-XLA = [pytest.param(True, x, marks=() if x == ANSWERS else pytest.mark.slow) for x in ARCHITECTURES]
+few_architectures = pytest.mark.parametrize("architecture", each(ARCHITECTURES, FEW))
+few_heads = pytest.mark.parametrize("architecture", each(HEADS, FEW))
+XLA = [pytest.param(True, *p.values, marks=p.marks) for p in each(ARCHITECTURES, [ANSWERS])]
 pytestmark = pytest.mark.filterwarnings("ignore:Gradients do not exist", "ignore:`shuffle=True`")
 
 
@@ -104,7 +110,7 @@ class TestFunction:
             assert difference(found, other(**inputs)) > 0.1
         assert compiled.experimental_get_tracing_count() == 1
 
-    @each_architecture
+    @few_architectures
     def test_optional_outputs_and_missing_inputs(self, architecture):
         model = build(architecture)
         inputs = batch(architecture, labels=False, alignment=False)
@@ -139,7 +145,7 @@ class TestFunction:
 
 class TestFit:
     @pytest.mark.parametrize("eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
-    @each_head
+    @few_heads
     def test_the_loss_falls(self, architecture, eagerly):
         model, inputs = build(architecture), batch(architecture, 12)
         compile_model(model, eagerly)
@@ -168,7 +174,7 @@ class TestFit:
         scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
         assert scaled is (policy == "mixed_float16")
 
-    @each_architecture
+    @few_architectures
     def test_predict_gives_numpy_in_batches(self, architecture):
         model, inputs = build(architecture), batch(architecture, labels=False)
         found = model.predict(inputs, batch_size=2, verbose=0)
