@@ -45,6 +45,7 @@ def message(function, *args, **kwargs):
         {"problem_type": "regression", "chunk_size_feed_forward": 2},
         {"a_key_of_tomorrow": {"nested": [1, {"x": None}]}, "architectures": ["VisualBertModel"]},
         {"dtype": "bfloat16", "bypass_transformer": True, "layer_norm_eps": 1e-5},
+        {"classifier_head": "mlp", "num_labels": 7},
     ],
 )
 @pytest.mark.parametrize("written", [True, False], ids=["config.json", "to_dict"])
@@ -76,6 +77,17 @@ def test_written_file(tmp_path):
     assert again.id2label == {0: "ä", 1: "\ud800"}
     assert again.replace(attn_implementation="eager") == config
     assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_classifier_head_is_written_where_it_is_not_the_default(tmp_path):
+    """transformers does not know it, so that its own folders stay as they are."""
+    assert "classifier_head" not in tiny_config().to_dict()
+    config = tiny_config(classifier_head="mlp")
+    assert config.to_dict() == {**tiny_config().to_dict(), "classifier_head": "mlp"}
+    config.save_pretrained(tmp_path)
+    assert VisualBertConfig.from_pretrained(tmp_path) == config
+    assert VisualBertConfig.from_pretrained(tmp_path, classifier_head="linear") == tiny_config()
+    assert VisualBertConfig.from_dict({"classifier_head": "linear"}) == VisualBertConfig()
 
 
 def test_defaults():
@@ -195,6 +207,7 @@ def test_wrong_types(name, value):
             {"attn_implementation": "flash"},
             "attn_implementation='flash' is not one of sdpa, eager",
         ),
+        ({"classifier_head": "Linear"}, "classifier_head='Linear' is not one of linear, mlp"),
         (
             {"tie_word_embeddings": False},
             "tie_word_embeddings=False is not VisualBERT, whose language-model head decodes with "

@@ -69,9 +69,9 @@ PERMITTED = tuple(Permit(file, *row) for files, *row in (
     ("tf flax", "names", "", r"^unwritten\(.*", "", "torch.empty needs no such function"),
     ("pt", "names", "", r"^as_tensor\(x, device", "as_tensor(x", "torch tensors live on a device"),
 
-    ("tf flax", "methods", ".*", r", \*\*kw", "", "constructor extras"),
-    ("pt", "submodules", ".*", r"\b([A-Z]\w+\(config[^()]*)\)", r"\1, **extras)",
-     "constructor extras"),
+    ("tf flax", "methods|names", ".*", r", \*\*kw", "", "constructor extras"),
+    ("pt", "submodules", ".*", r"\b([A-Z]\w+|classifier)(\(config[^()]*)\)",
+     r"\1\2, **extras)", "constructor extras"),
     ("flax", "submodules", ".*", r", \*\*kw\)", ", **extras)", "constructor extras"),
     ("tf", "submodules", ".*", r"\b(\w+) = (.*), name='\1', \*\*kw\)", r"\1 = \2, **extras)",
      "constructor extras; the name makes the path"),

@@ -10,14 +10,13 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from visualbert.config import VisualBertConfig
 from visualbert.errors import MissingBackendError, UsageError
-from visualbert.schema import PREFIX, Kind, Param
+from visualbert.schema import Kind, Param
 
 ENTRY_POINTS = "visualbert.backends"
 
@@ -35,7 +34,6 @@ class Backend(Protocol):
     name: str
     leaves: Mapping[Kind, Leaf]
     models: Mapping[str, type]
-    native: str  # file or folder, beside config.json, of the framework's own checkpoint format
 
     def create(
         self, architecture: str | type, config: VisualBertConfig, dtype: str = "float32"
@@ -67,14 +65,6 @@ class Backend(Protocol):
         """The gradient of `loss` by every parameter, keyed as `variables`; zeros where there is
         none.
         """
-        ...
-
-    def save_native(self, model: Any, path: Path) -> None:
-        """Write the framework's own checkpoint format to `path`."""
-        ...
-
-    def load_native(self, model: Any, path: Path) -> None:
-        """Fill the model from the framework's own checkpoint format."""
         ...
 
 
@@ -156,11 +146,6 @@ def flatten_outputs(output: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{i}", item) for i, item in enumerate(value))
         else:
             yield key, value
-
-
-def body_prefix(architecture: str) -> str:
-    """What stands before the body's parameters in `architecture`."""
-    return "" if architecture == "VisualBertModel" else PREFIX
 
 
 def _third_parties() -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """VisualBertConfig: one description of a model for every framework.
 
-Field names, defaults and order are those of transformers' `VisualBertConfig`, with one exception:
-`pad_token_id` is 0, BERT's, when a file does not say otherwise. `from_dict` keeps the keys it does
-not know, so a config.json written by transformers comes back with nothing lost.
+Field names, defaults and order are those of transformers' `VisualBertConfig`, with two exceptions:
+`pad_token_id` is 0, BERT's, when a file does not say otherwise, and transformers does not know
+`classifier_head`, which is written only where it is not the default. `from_dict` keeps the keys it
+does not know, so a config.json written by transformers comes back with nothing lost.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "visual_bert"
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
 ATTENTIONS = ("sdpa", "eager")
+CLASSIFIER_HEADS = ("linear", "mlp")
 
 _AT_LEAST_ONE = (
     "vocab_size",
@@ -36,6 +38,17 @@ _AT_LEAST_ONE = (
 _LARGEST = 2**31 - 1
 _MOST_LABELS = 2**20
 _LABELS = ("num_labels", "id2label", "label2id")  # what goes when the labels change
+_CHOICES = {
+    "hidden_act": ACTIVATIONS,
+    "attn_implementation": ATTENTIONS,
+    "classifier_head": CLASSIFIER_HEADS,
+}
+# Written only where they are not the default: transformers leaves them out, or does not know them.
+_UNWRITTEN = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "classifier_head": "linear",
+}
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _JSON_WORDS = {
     list: "a list",
@@ -59,8 +72,9 @@ class VisualBertConfig:
         num_hidden_layers: Transformer layers.
         num_attention_heads: attention heads per layer.
         intermediate_size: width of the feed-forward layer.
-        hidden_act: activation of the feed-forward layer and of the language-model head, one of
-            `visualbert.config.ACTIVATIONS`; "gelu" is the exact form with erf.
+        hidden_act: activation of the feed-forward layer, of the language-model head and of the
+            "mlp" classifier, one of `visualbert.config.ACTIVATIONS`; "gelu" is the exact form with
+            erf.
         hidden_dropout_prob: dropout after embeddings, projections and before the heads.
         attention_probs_dropout_prob: dropout of the attention probabilities.
         max_position_embeddings: longest text.
@@ -72,6 +86,10 @@ class VisualBertConfig:
         special_visual_initialize: a fresh model's visual segment and position tables start as
             copies of the text tables.
         tie_word_embeddings: always true; the decoder of the language-model head is the word table.
+        classifier_head: the head of `VisualBertForQuestionAnswering` and
+            `VisualBertForVisualReasoning`: "linear", the original's, or "mlp", MMF's, with a dense
+            layer, `hidden_act` and LayerNorm before the linear one (mmf/models/visual_bert.py). A
+            body ignores it.
         num_labels: size of the classification head; taken from `id2label` when that is given.
         id2label: names of the labels, by index.
         architectures: class names that wrote the checkpoint, as transformers records them.
@@ -103,6 +121,7 @@ class VisualBertConfig:
     bos_token_id: int | None = None
     eos_token_id: Any = field(default=None, hash=False)
     tie_word_embeddings: bool = True
+    classifier_head: str = "linear"
     num_labels: int = None  # type: ignore[assignment]  # settled in __post_init__
     id2label: Mapping[int, str] | None = field(default=None, hash=False, repr=False)
     architectures: tuple[str, ...] | None = None
@@ -168,8 +187,8 @@ class VisualBertConfig:
             del values["architectures"]
         else:
             values["architectures"] = list(self.architectures)
-        for name in ("output_attentions", "output_hidden_states"):
-            if not values[name]:
+        for name, default in _UNWRITTEN.items():
+            if values[name] == default:
                 del values[name]
         if self.id2label is not None:
             values["id2label"] = {str(index): name for index, name in self.id2label.items()}
@@ -280,7 +299,7 @@ class VisualBertConfig:
         for name in ("layer_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be a positive number")
-        for name, choices in (("hidden_act", ACTIVATIONS), ("attn_implementation", ATTENTIONS)):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}"

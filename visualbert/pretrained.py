@@ -5,9 +5,8 @@ match it with the table too, and only then write. A failed load leaves nothing b
 """
 
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -15,12 +14,7 @@ import numpy as np
 from visualbert.backend import Backend, get_backend, native_name, to_native
 from visualbert.checkpoint.initial import InitialValues
 from visualbert.checkpoint.match import check_ties, match
-from visualbert.checkpoint.read import (
-    INDEX,
-    SAFETENSORS,
-    TORCH,
-    read_weights,
-)
+from visualbert.checkpoint.open import Checkpoint, open_bert, open_checkpoint
 from visualbert.checkpoint.tensors import (
     ArrayTensors,
     Spec,
@@ -29,10 +23,9 @@ from visualbert.checkpoint.tensors import (
     common_dtype,
     dtype_name,
 )
-from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
 from visualbert.checkpoint.write import write_folder
-from visualbert.config import CONFIG_FILE, VisualBertConfig, read_json_object
-from visualbert.errors import CheckpointError, ConfigError, HubError, UsageError
+from visualbert.config import VisualBertConfig
+from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import Param, check_architecture, parameters
 
 
@@ -49,6 +42,7 @@ class PreTrained:
         source: str | os.PathLike,
         *,
         revision: str | None = None,
+        config: str | os.PathLike | VisualBertConfig | None = None,
         dtype: Any = None,
         new_head: bool = False,
         seed: int = 0,
@@ -57,9 +51,11 @@ class PreTrained:
         """A model in evaluation mode with the weights of a checkpoint.
 
         Args:
-            source: a folder with config.json and weights, or a Hub id such as
-                "uclanlp/visualbert-vqa".
+            source: a folder with config.json and weights, a Hub id such as
+                "uclanlp/visualbert-vqa", or a file or folder of any family in the README's table
+                (the authors' `.th`, MMF's archives, Keras, Orbax, msgpack).
             revision: branch, tag or commit on the Hub.
+            config: a configuration or the file of one, in place of the checkpoint's own.
             dtype: "float32", "float64", "float16" or "bfloat16", or the framework's own object for
                 one of them; the checkpoint's own when left out.
             new_head: draw the task head anew from `seed`, whatever the file holds for it.
@@ -72,7 +68,7 @@ class PreTrained:
             ConfigError: the configuration is missing or broken.
             CheckpointError: the weights are missing, broken, or do not fit; nothing was loaded.
         """
-        checkpoint = open_checkpoint(source, revision=revision, **changes)
+        checkpoint = open_checkpoint(source, revision=revision, config=config, **changes)
         return load_model(
             get_backend(cls.framework), cls, checkpoint, dtype=dtype, new_head=new_head, seed=seed
         )
@@ -119,131 +115,31 @@ class PreTrained:
             _fill(backend, self, values, {name: name for name in values.specs}, None, (), None)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A configuration and the tensors that go with it."""
-
-    label: str
-    config: VisualBertConfig
-    tensors: Tensors
-    folder: Path
-
-
-def open_checkpoint(
-    source: str | os.PathLike, *, revision: str | None = None, **changes: Any
-) -> Checkpoint:
-    """Find a VisualBERT checkpoint, list its tensors and parse its configuration; read no
-    tensor.
-    """
-    folder = find_folder(source, revision)
-    config = VisualBertConfig.from_pretrained(folder, **changes)
-    return Checkpoint(str(source), config, read_weights(folder, str(source)), folder)
-
-
-def open_bert(
+def load(
     source: str | os.PathLike,
-    architecture: str,
+    backend: str = "pt",
     *,
     revision: str | None = None,
+    config: str | os.PathLike | VisualBertConfig | None = None,
+    dtype: Any = None,
+    new_head: bool = False,
     seed: int = 0,
     **changes: Any,
-) -> Checkpoint:
-    """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from
-    it.
-    """
-    check_architecture(architecture)
-    folder = find_folder(source, revision)
-    values = read_json_object(folder / CONFIG_FILE)
-    if values.get("model_type", "bert") != "bert":
-        raise ConfigError(
-            f"{folder / CONFIG_FILE}: model_type is {values['model_type']!r}, expected 'bert'"
-        )
-    try:
-        config = config_from_bert(values, **changes)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from None
-    bert = read_weights(folder, str(source))
-    return Checkpoint(str(source), config, WarmStart(bert, architecture, config, seed), folder)
-
-
-def find_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint; a Hub id's files are fetched into the Hub's cache.
-
-    Raises:
-        CheckpointError: `source` looks like a path and is not there.
-        HubError: it looks like a Hub id and cannot be had.
-    """
-    path, name = Path(source), os.fspath(source)
-    if not name.strip():
-        raise CheckpointError("the checkpoint's name is empty; expected a folder or a Hub id")
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
-        raise CheckpointError(f"{name} is a file; expected a folder with {CONFIG_FILE} and weights")
-    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or name.endswith("/"):
-        raise CheckpointError(f"{name}: no such folder")
-    return _fetch(name, revision)
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    patterns = [CONFIG_FILE, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
-    pickles = [TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, *pickles])
-            )
-        return folder
-    except HFValidationError:
-        raise CheckpointError(
-            f"{name}: no such folder, and not a Hub id of the form owner/name"
-        ) from None
-    except Exception as error:  # the client raises what a proxy's answer makes it trip over
-        at = f" at revision {revision}" if revision else ""
-        raise HubError(
-            f"{name}: no such folder here, and the Hub did not give it{at} ({_hub_reason(error)}); "
-            "check the name and the connection, or pass a local folder"
-        ) from error
-
-
-def _hub_reason(error: Exception) -> str:
-    from huggingface_hub import errors
-
-    known = (
-        (errors.GatedRepoError, "access to this repository has to be asked for there"),
-        (errors.RepositoryNotFoundError, "no such repository, or it is private: hf auth login"),
-        (errors.RevisionNotFoundError, "the repository has no such revision"),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-        (errors.LocalEntryNotFoundError, "it cannot be reached, and nothing is in the cache"),
-    )
-    reason = next((words for kind, words in known if isinstance(error, kind)), None)
-    return reason or (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
-
-def load(
-    source: str | os.PathLike, backend: str = "pt", *, revision: str | None = None, **options: Any
 ) -> Any:
-    """A model of the class that the folder's `architectures` names, in the framework you ask for.
+    """A model of the class that the checkpoint is, in the framework you ask for.
 
     Args:
-        source: a folder or Hub id, as in `from_pretrained`.
+        source: a folder, file or Hub id, as in `from_pretrained`.
         backend: "pt", "tf", "flax", or a registered other.
-        revision: branch, tag or commit on the Hub.
-        **options: further arguments of `from_pretrained`.
+        revision, config, dtype, new_head, seed, **changes: as in `from_pretrained`.
 
     Raises:
         ConfigError: the folder's config does not say which architecture it is.
     """
     chosen = get_backend(backend)
-    folder = find_folder(source, revision)
-    config = VisualBertConfig.from_pretrained(folder)
-    cls: Any = chosen.models[architecture_of(config, str(source))]
-    return cls.from_pretrained(folder, **options)
+    checkpoint = open_checkpoint(source, revision=revision, config=config, **changes)
+    architecture = architecture_of(checkpoint.config, str(source))
+    return load_model(chosen, architecture, checkpoint, dtype=dtype, new_head=new_head, seed=seed)
 
 
 def architecture_of(config: VisualBertConfig, label: str) -> str:
@@ -272,6 +168,13 @@ def load_model(
     """A model of `cls` with the tensors of `checkpoint`."""
     architecture = cls if isinstance(cls, str) else cls.architecture  # type: ignore[attr-defined]
     config, tensors = checkpoint.config, checkpoint.tensors
+    if checkpoint.aside is not None:
+        warnings.warn(
+            f"{checkpoint.label}: {len(checkpoint.aside.specs)} tensors of the detector that made "
+            "the region features are not part of the model; visualbert convert keeps them beside "
+            "it",
+            stacklevel=3,
+        )
     found = match(tensors, architecture, config, new_head=new_head, backend=backend.name)
     check_ties(tensors, found)
     chosen = dtype_name(dtype) if dtype is not None else common_dtype(tensors)
@@ -373,8 +276,3 @@ def saved_config(model: Any, dtype: str) -> VisualBertConfig:
     return model.config.replace(
         architectures=(model.architecture,), extra={**extra, "dtype": dtype}
     )
-
-
-def option_error(name: str, value: Any, choices: Any) -> UsageError:
-    """The one sentence for an option that is not one of its choices."""
-    return UsageError(f"{name}={value!r} is not one of {', '.join(choices)}")

@@ -112,6 +112,26 @@ HEADS: dict[str, list[Param]] = {
 }
 ARCHITECTURES = tuple(HEADS)
 
+_MLP = [  # MMF's classifier, mmf/models/visual_bert.py
+    *_linear("cls.transform.dense", "H", "H"),
+    *_norm("cls.transform.LayerNorm"),
+    *_linear("cls.decoder", "L", "H"),
+]
+# The heads that there are under each value of `VisualBertConfig.classifier_head`.
+VARIANTS: dict[str, dict[str, list[Param]]] = {
+    "linear": HEADS,
+    "mlp": {
+        BODY: [],
+        "VisualBertForQuestionAnswering": _MLP,
+        "VisualBertForVisualReasoning": _MLP,
+    },
+}
+_HEAD_NAMES = [
+    (architecture, frozenset(p.name for p in head))
+    for heads in VARIANTS.values()
+    for architecture, head in heads.items()
+]
+
 # Tensors that files may carry a second time under another name, and the one they repeat.
 TIED = {
     "cls.predictions.decoder.weight": "visual_bert.embeddings.word_embeddings.weight",
@@ -142,7 +162,9 @@ def check_architecture(architecture: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _table(architecture: str, num_layers: int, late_fusion: bool) -> tuple[Param, ...]:
+def _table(
+    architecture: str, num_layers: int, late_fusion: bool, classifier_head: str
+) -> tuple[Param, ...]:
     layers = [f"encoder.layer.{i}." for i in range(num_layers)]
     if late_fusion:
         layers.append("additional_layer.")
@@ -152,21 +174,39 @@ def _table(architecture: str, num_layers: int, late_fusion: bool) -> tuple[Param
         *_POOLER,
     ]
     prefix = "" if architecture == BODY else PREFIX
-    return tuple([Param(prefix + p.name, p.symbols, p.kind) for p in body] + HEADS[architecture])
+    head = VARIANTS[classifier_head][architecture]
+    return tuple([Param(prefix + p.name, p.symbols, p.kind) for p in body] + head)
 
 
 def parameters(architecture: str, config: VisualBertConfig) -> tuple[Param, ...]:
-    """Every parameter of `architecture` under `config`, in the order of a forward pass."""
+    """Every parameter of `architecture` under `config`, in the order of a forward pass.
+
+    Raises:
+        ConfigError: no such architecture, or `config.classifier_head` is none of its heads.
+    """
     check_architecture(architecture)
-    return _table(architecture, config.num_hidden_layers, config.bypass_transformer)
+    choice = config.classifier_head
+    if architecture not in VARIANTS[choice]:
+        able = " and ".join(name for name, head in VARIANTS[choice].items() if head)
+        raise ConfigError(
+            f"classifier_head={choice!r} is no head of {architecture}, only of {able}; set it to "
+            "'linear'"
+        )
+    return _table(architecture, config.num_hidden_layers, config.bypass_transformer, choice)
 
 
 def is_head(param: Param) -> bool:
     """Whether `param` belongs to a task head, not to the body below it."""
-    return any(param.name == p.name for head in HEADS.values() for p in head)
+    return bool(owners_of(param.name))
+
+
+def owners_of(name: str) -> tuple[str, ...]:
+    """The architectures whose head is the smallest that has a parameter `name`, if any."""
+    heads = [(architecture, head) for architecture, head in _HEAD_NAMES if name in head]
+    smallest = min((head for _, head in heads), key=len, default=None)
+    return tuple(architecture for architecture, head in heads if head == smallest)
 
 
 def owner_of(name: str) -> str | None:
-    """The architecture whose head is the smallest that has a parameter `name`, if any."""
-    owners = [a for a, head in HEADS.items() if any(p.name == name for p in head)]
-    return min(owners, key=lambda a: len(HEADS[a])) if owners else None
+    """The first of `owners_of`."""
+    return next(iter(owners_of(name)), None)

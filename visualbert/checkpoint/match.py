@@ -16,20 +16,23 @@ from visualbert.errors import CheckpointError
 from visualbert.schema import (
     BODY,
     DIMENSIONS,
-    HEADS,
     IGNORED,
     PREFIX,
     RENAMED,
     TIED,
+    VARIANTS,
     Param,
     is_head,
     owner_of,
+    owners_of,
     parameters,
 )
 
 _SHOWN_LEAVES = 4
 _SHOWN_MISMATCHES = 6
-_HEAD_NAMES = frozenset(p.name for head in HEADS.values() for p in head)
+_HEAD_NAMES = frozenset(
+    p.name for heads in VARIANTS.values() for head in heads.values() for p in head
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,14 @@ def match(
         ignored += [names.pop(name) for name in unneeded]
 
     layers, explained = _wrong_layers(names, wanted, config)
+    heads, of_heads = _wrong_head(names, wanted, architecture, config)
+    explained |= of_heads
     problems = [
         *doubled,
         *_missing(n for n in wanted if n not in names and n not in explained),
         *_unexpected({n: names[n] for n in names if n not in wanted and n not in explained}),
         *layers,
+        *heads,
         *_mismatched(tensors, wanted, names, config),
     ]
     if problems:
@@ -152,21 +158,12 @@ def _unexpected(names: Mapping[str, str]) -> list[tuple[str, str]]:
     """Names as the file has them, by whose head they are."""
     by_owner: dict[str, list[str]] = {}
     for name, original in names.items():
-        by_owner.setdefault(_owners(name), []).append(original)
+        by_owner.setdefault(" or ".join(owners_of(name)), []).append(original)
     return [
         ("unexpected", line + (f": the head of {owners}" if owners else ""))
         for owners, group in by_owner.items()
         for line in _grouped(group)
     ]
-
-
-def _owners(name: str) -> str:
-    """The classes whose head has `name` and is the smallest that does."""
-    owner = owner_of(name)
-    if owner is None:
-        return ""
-    same = {p.name for p in HEADS[owner]}
-    return " or ".join(a for a, head in HEADS.items() if {p.name for p in head} == same)
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
@@ -204,6 +201,19 @@ def _wrong_layers(
         problems.append(("mismatched", f"additional_layer: the file {has}{blame}"))
         explained |= {*extra, *asked}
     return problems, explained
+
+
+def _wrong_head(
+    names: Iterable[str], wanted: Iterable[str], architecture: str, config: VisualBertConfig
+) -> tuple[list[tuple[str, str]], set[str]]:
+    """The problem of a head that another `classifier_head` has, and the names it accounts for."""
+    have, want = {n for n in names if owner_of(n)}, {n for n in wanted if owner_of(n)}
+    for kind, heads in VARIANTS.items():
+        other = have.intersection(p.name for p in heads.get(architecture, ()))
+        if other and want and not have & want:
+            blame = _blame("classifier_head", config, kind)
+            return [("mismatched", f"cls: the file has the {kind} head{blame}")], other | want
+    return [], set()
 
 
 def _starting(names: Iterable[str], start: str) -> list[str]:
@@ -268,11 +278,11 @@ def _guilty(param: Param, want: tuple[int, ...], have: tuple[int, ...]) -> tuple
     return DIMENSIONS.get(symbol, ""), found
 
 
-def _blame(field_: str, config: VisualBertConfig, found: int) -> str:
+def _blame(field_: str, config: VisualBertConfig, found: int | str) -> str:
     if not field_:
         return ""
     name = "hidden_size / num_attention_heads" if field_ == "head_size" else field_
-    return f";\n{name} is {getattr(config, field_)}, the file says {found}"
+    return f";\n{name} is {getattr(config, field_)!r}, the file says {found!r}"
 
 
 def _report(

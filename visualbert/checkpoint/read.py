@@ -1,52 +1,54 @@
-"""Weight files as `Tensors`: safetensors, one file or sharded, and `pytorch_model.bin`.
+"""The weights of a canonical folder as `Tensors`: safetensors or torch files, one or sharded.
 
-Nothing here runs code from a file. safetensors headers are checked by the safetensors library; the
-tensors are mapped, not read, and each mapping lasts as long as its array. Pickles go through
-torch's restricted unpickler and nothing else.
+safetensors headers are checked by the safetensors library; the tensors are mapped, not read, and
+each mapping lasts as long as its array.
 """
 
 import json
-import math
-import pickle
-import reprlib
 import struct
-import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from visualbert.checkpoint.tensors import Spec, Tensors
+from visualbert.checkpoint.tensors import STORED, Spec, check_spec
+from visualbert.checkpoint.torch_files import TorchFiles
 from visualbert.config import read_json_object
-from visualbert.errors import CheckpointError, ConfigError, MissingBackendError
+from visualbert.errors import CheckpointError, ConfigError
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 CHECKSUM = "crc32"
-_MOST_AXES = 32
 
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
-_READABLE = [dtype.name for dtype in _DTYPES.values()]
+CODES = {name: code for code, name in _TYPES.items()}
 
 
 class SafetensorsFiles:
     """`Tensors` over one or more safetensors files, mapped copy-on-write."""
+
+    format = "safetensors"
 
     def __init__(self, label: str, paths: list[Path]) -> None:
         self.label = label
@@ -54,19 +56,19 @@ class SafetensorsFiles:
         self.metadata: dict[str, str] = {}
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, tuple[Path, int]] = {}
+        self._data: dict[Path, tuple[int, str | None]] = {}  # start, checksum
         for path in paths:
             start, entries, metadata = _header(path)
             self.metadata.update(metadata)
+            self._data[path] = start, metadata.get(CHECKSUM)
             for name, entry in entries.items():
-                code = entry["dtype"]
-                dtype = _DTYPES[code].name if code in _DTYPES else code
-                _check_entry(path, name, entry["shape"], dtype, self.specs)
-                self.specs[name] = Spec(tuple(entry["shape"]), dtype)
+                dtype = _TYPES.get(entry["dtype"], entry["dtype"])
+                self.specs[name] = check_spec(path, name, entry["shape"], dtype, self.specs)
                 self._places[name] = (path, start + entry["data_offsets"][0])
 
     def read(self, name: str) -> np.ndarray:
         (path, offset), spec = self._places[name], self.specs[name]
-        dtype = next(d for d in _DTYPES.values() if d.name == spec.dtype)
+        dtype = STORED[spec.dtype]
         if 0 in spec.shape:
             return np.zeros(spec.shape, dtype)
         try:
@@ -84,22 +86,26 @@ class SafetensorsFiles:
         Raises:
             CheckpointError: the data is not what was written.
         """
-        if CHECKSUM not in self.metadata or len(self.paths) != 1:
-            return False
-        value = 0
-        for name in sorted(self.specs):
-            value = add_to_checksum(value, self.read(name))
-        if f"{value:08x}" != self.metadata[CHECKSUM]:
-            raise CheckpointError(
-                f"{self.paths[0]}: the data has changed since it was written (CRC-32 {value:08x}, "
-                f"recorded {self.metadata[CHECKSUM]!r}); fetch or convert the checkpoint again"
-            )
+        for path, (start, recorded) in self._data.items():
+            if recorded is None:
+                return False
+            value = _crc(path, start)
+            if value != recorded:
+                raise CheckpointError(
+                    f"{path}: the data has changed since it was written (CRC-32 {value}, "
+                    f"recorded {recorded!r}); fetch or convert the checkpoint again"
+                )
         return True
 
 
-def add_to_checksum(value: int, array: np.ndarray) -> int:
-    """The CRC-32 of a contiguous `array` after whatever gave `value`; tensors go by their names."""
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
+def _crc(path: Path, start: int) -> str:
+    """The CRC-32 of all that follows the header."""
+    value = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -127,110 +133,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_entry(
-    path: Path, name: str, shape: Sequence[int], dtype: str, others: Mapping[str, Spec]
-) -> None:
-    """Refuse what no checkpoint of any model holds, before numpy trips over it."""
-    if not name.isprintable() or len(name) > 500:
-        raise CheckpointError(f"{path}: {name[:40]!r} is not a tensor's name")
-    if name in others:
-        raise CheckpointError(f"{path}: {name} is in another shard already")
-    if dtype not in _READABLE:
-        raise CheckpointError(
-            f"{path}: {name} has the type {dtype}, which is not one of {', '.join(_READABLE)}; "
-            "convert it first"
-        )
-    if len(shape) > _MOST_AXES or math.prod(max(size, 1) for size in shape) >= 2**59:
-        raise CheckpointError(f"{path}: {name} has the impossible shape {reprlib.repr(shape)}")
-
-
-class TorchFiles:
-    """`Tensors` over one or more torch files, read with `weights_only=True` and mapped where
-    possible.
-    """
-
-    def __init__(self, label: str, paths: list[Path]) -> None:
-        self.label = label
-        self.paths = paths
-        self.specs: dict[str, Spec] = {}
-        self._tensors: dict[str, Any] = {}
-        for path in paths:
-            for name, tensor in _torch_state(path).items():
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                _check_entry(path, name, tensor.shape, dtype, self.specs)
-                self.specs[name] = Spec(tuple(tensor.shape), dtype)
-                self._tensors[name] = tensor
-
-    def read(self, name: str) -> np.ndarray:
-        from visualbert.pt.backend import to_numpy
-
-        return np.array(to_numpy(self._tensors[name]))
-
-    def verify_checksum(self) -> bool:
-        """Compare the data with the checksums of torch's zip files; False where there are none.
-
-        Raises:
-            CheckpointError: the data is not what was written.
-        """
-        if not all(zipfile.is_zipfile(path) for path in self.paths):
-            return False
-        for path in self.paths:
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                damaged = str(error)
-            if damaged:
-                raise CheckpointError(
-                    f"{path}: the data has changed since it was written (CRC-32 of {damaged}); "
-                    "fetch or convert the checkpoint again"
-                )
-        return True
-
-
-def _torch_state(path: Path) -> Mapping[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise MissingBackendError(
-            f"{path} is a PyTorch pickle, which needs PyTorch to be read: "
-            "pip install visualbert[pt], or convert it to safetensors where PyTorch is"
-        ) from None
-    state = _load_restricted(path)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str)
-        and isinstance(tensor, torch.Tensor)
-        and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
-        for name, tensor in state.items()
-    ):
-        raise CheckpointError(
-            f"{path}: expected a dictionary of dense tensors by name, as "
-            "torch.save(model.state_dict()) writes it"
-        )
-    return state
-
-
-def _load_restricted(path: Path) -> Any:
-    """What torch's restricted unpickler makes of the file."""
-    import torch
-
-    for mapped in (True, False):  # files older than torch 1.6 cannot be mapped
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            reasons = str(error).splitlines() or [type(error).__name__]
-            named = next((r for r in reasons if "GLOBAL" in r or "Unsupported" in r), reasons[0])
-            raise CheckpointError(
-                f"{path}: refused, because it is not weights alone: {named.strip()} "
-                "(such a file can run code when it is loaded)"
-            ) from None
-        except Exception as error:  # torch raises whatever a broken file makes it trip over
-            if not mapped or isinstance(error, FileNotFoundError):
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise CheckpointError(
-                    f"{path}: not a whole PyTorch file ({reason}); fetch or write it again"
-                ) from None
-    raise AssertionError
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights under a canonical name."""
+    names = (SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX)
+    return any((folder / name).is_file() for name in names)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -276,7 +182,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def read_weights(folder: Path, label: str | None = None) -> Tensors:
+def read_weights(folder: Path, label: str | None = None) -> SafetensorsFiles | TorchFiles:
     """The canonical weights in `folder`.
 
     Raises:
@@ -284,7 +190,7 @@ def read_weights(folder: Path, label: str | None = None) -> Tensors:
     """
     paths = find_weights(folder)
     kind = SafetensorsFiles if paths[0].suffix == ".safetensors" else TorchFiles
-    tensors: Tensors = kind(label or str(folder), paths)
+    tensors = kind(label or str(folder), paths)
     if paths[0].name not in (SAFETENSORS, TORCH):
         index = folder / ((SAFETENSORS if kind is SafetensorsFiles else TORCH) + INDEX)
         promised = sorted(set(_weight_map(index)) - set(tensors.specs))

@@ -5,8 +5,10 @@ all `Tensors`; loading, saving and converting only ever see this protocol.
 """
 
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import ml_dtypes
@@ -21,6 +23,20 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+
+# Every type that a weight file may hold, under the name that torch, numpy and ml_dtypes share.
+STORED: dict[str, np.dtype] = {
+    **DTYPES,
+    **{name: np.dtype(name) for name in ("int64", "int32", "int16", "int8", "bool")},
+    **{name: np.dtype(name) for name in ("uint64", "uint32", "uint16", "uint8")},
+    **{name: np.dtype(name) for name in ("complex64", "complex128")},
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "float8_e5m2fnuz": np.dtype(ml_dtypes.float8_e5m2fnuz),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+_MOST_AXES = 32
 
 
 class Spec(NamedTuple):
@@ -48,6 +64,28 @@ class Tensors(Protocol):
         ...
 
 
+def check_spec(
+    path: Path, name: str, shape: Sequence[int], dtype: str, others: Mapping[str, Spec]
+) -> Spec:
+    """The spec of a tensor that a file claims to hold, unless no model's checkpoint could.
+
+    Raises:
+        CheckpointError: its name, type or shape is none, or `others` hold the name already.
+    """
+    if not name.isprintable() or len(name) > 500:
+        raise CheckpointError(f"{path}: {name[:40]!r} is not a tensor's name")
+    if name in others:
+        raise CheckpointError(f"{path}: {name} is in another shard already")
+    if dtype not in STORED:
+        raise CheckpointError(
+            f"{path}: {name} has the type {dtype}, which is not one of {', '.join(STORED)}; "
+            "convert it first"
+        )
+    if len(shape) > _MOST_AXES or math.prod(max(size, 1) for size in shape) >= 2**59:
+        raise CheckpointError(f"{path}: {name} has the impossible shape {reprlib.repr(shape)}")
+    return Spec(tuple(shape), dtype)
+
+
 @dataclass
 class ArrayTensors:
     """`Tensors` over arrays that are in memory already."""
@@ -61,6 +99,15 @@ class ArrayTensors:
 
     def read(self, name: str) -> np.ndarray:
         return np.array(self.arrays[name])
+
+
+class Selected:
+    """Some of the tensors of another."""
+
+    def __init__(self, tensors: Tensors, names: Iterable[str]) -> None:
+        self.label = tensors.label
+        self.specs = {name: tensors.specs[name] for name in names}
+        self.read = tensors.read
 
 
 def dtype_name(dtype: object) -> str:
@@ -94,8 +141,7 @@ def common_dtype(tensors: Tensors) -> str:
 def total_bytes(tensors: Tensors) -> int:
     """What the arrays of `tensors` take, without their names."""
     return sum(
-        math.prod(spec.shape) * (DTYPES.get(spec.dtype) or np.dtype(spec.dtype)).itemsize
-        for spec in tensors.specs.values()
+        math.prod(spec.shape) * STORED[spec.dtype].itemsize for spec in tensors.specs.values()
     )
 
 

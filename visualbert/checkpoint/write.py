@@ -1,27 +1,30 @@
 """Writing checkpoints so that a crash or a full disk leaves what was there before.
 
-Every file is written beside its target, flushed to the disk, and only when all of them are whole
-are they renamed into place, which an error undoes. What a killed process leaves is removed by the
-next one that writes there.
+Every file is written beside its target and flushed to the disk; when all of them are whole, one
+renaming of their folder commits them, and they are moved into place, which an error undoes. A
+process that is killed leaves the old files if it had not committed; if it had, whoever opens the
+folder next moves the rest. Tensors are written one at a time, so memory holds one of them.
 """
 
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import stat
 import struct
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from visualbert.checkpoint.read import CHECKSUM, SAFETENSORS, add_to_checksum
-from visualbert.checkpoint.tensors import DTYPES, Tensors, total_bytes
+from visualbert.checkpoint.read import CHECKSUM, CODES, SAFETENSORS
+from visualbert.checkpoint.tensors import STORED, Tensors, total_bytes
 from visualbert.config import CONFIG_FILE, VisualBertConfig
 from visualbert.errors import CheckpointError, VisualBertError
 
@@ -31,6 +34,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _PREFIX = ".writing-"
+_COMMITTED = ".commit-"
+_REMOVE = ".remove.json"  # in a commit: names that go
 _YOUNG = 60  # seconds
 
 
@@ -58,14 +63,17 @@ def replace_files(
         raise CheckpointError(f"cannot write {folder}: it is not a folder; nothing was changed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        finish_commits(folder)
         _clear_leftovers(folder)
         _check_space(folder, size)
         with _workspace(folder) as new, _workspace(folder) as old:
             for name, write in writers.items():
                 write(new / name)
                 _settle(new / name)
-            _swap(folder, new, old, list(writers), [n for n in remove if n not in writers])
+            commit = _commit(folder, new, [n for n in remove if n not in writers])
+            _swap(folder, commit, old, list(writers))
             _flush(folder)
+            shutil.rmtree(commit, ignore_errors=True)
     except VisualBertError:
         raise
     except Exception as error:  # a full disk is another exception in every framework's writer
@@ -78,6 +86,42 @@ def replace_files(
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()  # empty only where writing failed
+
+
+def _commit(folder: Path, new: Path, remove: list[str]) -> Path:
+    """Rename the folder of whole new files: from here on they are the checkpoint."""
+    (new / _REMOVE).write_text(json.dumps(remove), encoding="utf-8")
+    _flush(new / _REMOVE)
+    _flush(new)
+    commit = folder / new.name.replace(_PREFIX, _COMMITTED, 1)
+    os.rename(new, commit)
+    _flush(folder)
+    return commit
+
+
+def finish_commits(folder: Path) -> None:
+    """Move into place what a process that was killed in doing so had committed.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    for commit in sorted(folder.glob(_COMMITTED + "*")):
+        lock = _lock(commit)
+        if lock is None and fcntl is not None:
+            continue  # its process is alive
+        try:
+            with _workspace(folder) as old:
+                names = [path.name for path in commit.iterdir() if path.name != _REMOVE]
+                _swap(folder, commit, old, names)
+            shutil.rmtree(commit, ignore_errors=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: an interrupted write cannot be finished ({error.strerror}); make the "
+                "folder writable and try again"
+            ) from None
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -144,16 +188,19 @@ def _settle(path: Path) -> None:
     _flush(path)
 
 
-def _swap(folder: Path, new: Path, old: Path, names: list[str], remove: list[str]) -> None:
-    """Move `names` from `new` into `folder` and `remove` out of it; undo it all if one fails."""
+def _swap(folder: Path, commit: Path, old: Path, names: list[str]) -> None:
+    """Move `names` from `commit` into `folder` and what it lists out of it; undo it all if one
+    fails.
+    """
+    remove = json.loads((commit / _REMOVE).read_text(encoding="utf-8"))
     undo: list[tuple[Path, Path]] = []
     try:
         for name in names:
             if os.path.lexists(folder / name):
                 _keep(folder / name, old / name)
                 undo.append((old / name, folder / name))
-            os.replace(new / name, folder / name)
-            undo.append((folder / name, new / name))
+            os.replace(commit / name, folder / name)
+            undo.append((folder / name, commit / name))
         for name in remove:
             if os.path.lexists(folder / name):
                 os.replace(folder / name, old / name)
@@ -162,6 +209,7 @@ def _swap(folder: Path, new: Path, old: Path, names: list[str], remove: list[str
         for source, target in reversed(undo):
             with contextlib.suppress(OSError):
                 os.replace(source, target)
+        shutil.rmtree(commit, ignore_errors=True)
         raise
 
 
@@ -186,35 +234,73 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_safetensors(path: Path, tensors: Tensors, progress: Callable[[int], object]) -> None:
-    """Write every tensor of `tensors` to `path`; `progress` is called with each one's bytes.
+def write_safetensors(
+    path: Path,
+    tensors: Tensors,
+    progress: Callable[[int], object] = lambda size: None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write every tensor of `tensors` to `path`, one at a time.
 
-    The metadata carries `format: pt`, which transformers asks for, and a CRC-32 of the tensors in
-    the order of their names, which is not always that of the file.
+    The metadata carries `format: pt`, which transformers asks for, and a CRC-32 of all data. Equal
+    tensors and metadata give equal files.
+
+    Args:
+        path: of the file.
+        tensors: what to write.
+        progress: called with each tensor's bytes.
+        metadata: further entries.
     """
-    # safetensors writes the memory as it lies: a transposed view would come out silently wrong.
-    arrays = {}
-    for name, spec in tensors.specs.items():
-        native = DTYPES.get(spec.dtype)  # in this machine's byte order, as the checksum assumes
-        arrays[name] = np.ascontiguousarray(tensors.read(name), native).reshape(spec.shape)
-        progress(arrays[name].nbytes)
+    order = sorted(tensors.specs, key=lambda name: (-_itemsize(tensors, name), name))
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        spec = tensors.specs[name]
+        start, end = end, end + math.prod(spec.shape) * _itemsize(tensors, name)
+        place = {"shape": spec.shape, "data_offsets": [start, end]}
+        entries[name] = {"dtype": CODES[spec.dtype], **place}
+    head = {**(metadata or {}), "format": "pt", CHECKSUM: "0" * 8}
+    size = len(_header(head, entries))
     checksum = 0
-    for name in sorted(arrays):
-        checksum = add_to_checksum(checksum, arrays[name])
-    save_file(arrays, path, {"format": "pt", CHECKSUM: f"{checksum:08x}"})
-    _sort_metadata(path)
+    with open(path, "wb") as file:
+        file.seek(size)
+        for name in order:
+            spec = tensors.specs[name]
+            array = np.ascontiguousarray(tensors.read(name), STORED[spec.dtype])
+            if array.size != math.prod(spec.shape):
+                raise CheckpointError(f"{tensors.label!r}: {name} is not of the shape {spec.shape}")
+            data = array.reshape(-1).view(np.uint8).data
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+            progress(len(data))
+        file.seek(0)
+        file.write(_header({**head, CHECKSUM: f"{checksum:08x}"}, entries))
 
 
-def _sort_metadata(path: Path) -> None:
-    """Order the metadata, which the library writes at random: equal models, equal files."""
-    with open(path, "r+b") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= size
-        file.seek(8)
-        file.write(text.ljust(size))
+def _itemsize(tensors: Tensors, name: str) -> int:
+    return STORED[tensors.specs[name].dtype].itemsize
+
+
+def _header(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
+    """The length, and the JSON padded to whole words."""
+    head = {"__metadata__": dict(sorted(metadata.items())), **entries}
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def shards(tensors: Tensors, largest: int) -> list[list[str]]:
+    """Names in groups of at most `largest` bytes, in order; a larger tensor has one of its own."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, spec in tensors.specs.items():
+        size = math.prod(spec.shape) * STORED[spec.dtype].itemsize
+        if groups[-1] and held + size > largest:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
 def write_folder(

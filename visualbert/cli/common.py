@@ -2,85 +2,72 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visualbert.errors import CheckpointError, ConfigError
+from visualbert.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from visualbert.backend import Backend
     from visualbert.checkpoint.tensors import Tensors
-    from visualbert.config import VisualBertConfig
     from visualbert.pretrained import Checkpoint
 
 
 def add_source(parser: argparse.ArgumentParser, name: str = "path") -> None:
     """The checkpoint and the options that say how to read it."""
-    parser.add_argument(name, help="checkpoint folder, or Hub id such as uclanlp/visualbert-vqa")
+    parser.add_argument(
+        name, help="checkpoint folder or file, or Hub id such as uclanlp/visualbert-vqa"
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument(
         "--architecture",
         metavar="CLASS",
-        help="class to read it as, where config.json does not say (VisualBertModel, "
+        help="class to read it as, where it does not say (VisualBertModel, "
         "VisualBertForPreTraining, …)",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="config.json, or MMF's YAML, in place of its own"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a field of the configuration, such as num_attention_heads=12; repeatable",
     )
 
 
-def open_any(source: str, revision: str | None = None) -> "Checkpoint":
-    """A checkpoint in the canonical format or in a framework's own.
+def open_any(args: argparse.Namespace) -> "Checkpoint":
+    """The checkpoint that the options of `add_source` describe."""
+    from visualbert.pretrained import open_checkpoint
+
+    source = getattr(args, "path", None) or args.src
+    return open_checkpoint(source, revision=args.revision, config=args.config, **read_changes(args))
+
+
+def read_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What --set says, values as JSON where they are some.
 
     Raises:
-        CheckpointError: the folder holds neither.
+        UsageError: an entry has no `=`.
     """
-    from visualbert.checkpoint.read import find_weights
-    from visualbert.config import VisualBertConfig
-    from visualbert.pretrained import Checkpoint, find_folder, open_checkpoint
-
-    folder = find_folder(source, revision)
-    try:
-        find_weights(folder)
-    except CheckpointError:
-        name = next((n for n, file in NATIVE.items() if (folder / file).exists()), None)
-        if name is None:
-            raise
-        config = VisualBertConfig.from_pretrained(folder)
-        return Checkpoint(source, config, _native_tensors(name, folder, config), folder)
-    return open_checkpoint(source, revision=revision)
-
-
-def _native_tensors(name: str, folder: Path, config: "VisualBertConfig") -> "Tensors":
-    """What the file of a framework's own format holds, through a model of that framework."""
-    from visualbert.checkpoint.tensors import DTYPES
-    from visualbert.config import CONFIG_FILE
-    from visualbert.pretrained import ModelTensors, architecture_of
-
-    dtype = config.extra.get("dtype") or "float32"
-    if dtype not in DTYPES:
-        raise ConfigError(
-            f"{folder / CONFIG_FILE}: dtype={dtype!r} is not one of {', '.join(DTYPES)}"
-        )
-    architecture = architecture_of(config, str(folder))
-    backend = load_backend(name)
-    path = folder / NATIVE[name]
-    try:
-        with quiet_stderr():
-            model = backend.create(architecture, config, dtype)
-            backend.load_native(model, path)
-        return ModelTensors(backend, model)
-    except Exception as error:  # every framework raises what it likes at a broken file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(
-            f"{path}: broken, or not the {architecture} that {CONFIG_FILE} describes "
-            f"({textwrap.shorten(reason, 200)}); convert it again"
-        ) from error
+    changes = {}
+    for entry in args.set:
+        key, equals, text = entry.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {entry!r} is not of the form KEY=VALUE")
+        try:
+            changes[key.strip()] = json.loads(text)
+        except (ValueError, RecursionError):
+            changes[key.strip()] = text
+    return changes
 
 
 def load_backend(name: str) -> "Backend":
@@ -142,10 +129,6 @@ def worded(message: str) -> str:
     """A message of the library in the command line's words, without control characters."""
     message = message.replace("pass new_head=True.", "convert it with --new-head.")
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
-
-
-# File or folder of a framework's own format. The canonical folder needs no framework.
-NATIVE = {"tf": "model.weights.h5", "flax": "orbax"}
 
 
 def choose_architecture(checkpoint: "Checkpoint", asked: str | None) -> str:
@@ -216,8 +199,3 @@ def step_progress(title: str) -> Iterator[Callable[[str], object]]:
 def megabytes(size: int) -> str:
     """A size for people."""
     return f"{size / 1e6:.1f} MB"
-
-
-def show_path(path: Path) -> str:
-    """A path as the user would write it."""
-    return os.fspath(path)

@@ -29,16 +29,22 @@ def run(args: argparse.Namespace) -> int:
     from visualbert.cli.common import choose_architecture, console, open_any, worded
     from visualbert.schema import parameters
 
-    checkpoint = open_any(args.path, args.revision)
+    checkpoint = open_any(args)
     architecture = choose_architecture(checkpoint, args.architecture)
     config = checkpoint.config
     out = console()
     out.print(f"[bold]{escape(worded(checkpoint.label))}[/bold]  {architecture}", soft_wrap=True)
+    out.print(f"read as: {checkpoint.family.title} ({checkpoint.format})")
     out.print(_config_line(config))
     out.print(_kinds(architecture, config))
     if args.schema:
         out.print(_schema(parameters(architecture, config), config))
     out.print(_file_line(checkpoint.tensors))
+    for note, names in checkpoint.notes.items():
+        if names:
+            out.print(worded(f"{note}: {', '.join(names)}"), soft_wrap=True, markup=False)
+    if checkpoint.aside is not None:
+        out.print(f"beside the model: {_file_line(checkpoint.aside)}", soft_wrap=True)
     defects = find_defects(checkpoint, architecture)
     for defect in defects:
         out.print(f"[bold red]wrong[/bold red]  {escape(worded(defect))}", soft_wrap=True)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from visualbert.checkpoint.read import find_weights
     from visualbert.parity import verify
 
-    checkpoint = open_any(args.path, args.revision)
+    checkpoint = open_any(args)
     architecture = choose_architecture(checkpoint, args.architecture)
     verify_checksum(checkpoint)
     if args.against:

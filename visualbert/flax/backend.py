@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,6 @@ from flax import nnx
 
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
-from visualbert.errors import CheckpointError
 from visualbert.flax import modeling
 from visualbert.schema import ARCHITECTURES, Kind
 
@@ -21,7 +19,6 @@ class FlaxBackend:
     """See `visualbert.backend.Backend`."""
 
     name = "flax"
-    native = "orbax"
     leaves: Mapping[Kind, Leaf] = {
         Kind.EMBEDDING: Leaf("embedding"),
         Kind.LINEAR: Leaf("kernel", transposed=True),
@@ -70,29 +67,6 @@ class FlaxBackend:
             ".".join(map(str, path)): np.asarray(value.get_value())
             for path, value in nnx.to_flat_state(found)
         }
-
-    def save_native(self, model: Any, path: Path) -> None:
-        import orbax.checkpoint as ocp
-
-        with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(path.absolute(), nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-
-    def load_native(self, model: Any, path: Path) -> None:
-        import orbax.checkpoint as ocp
-
-        with _precision(model.dtype), ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(path.absolute())
-        arrays = {
-            ".".join(map(str, keys)): value
-            for keys, value in nnx.traversals.flatten_mapping(restored).items()
-        }
-        variables = self.variables(model)
-        wrong = sorted(set(arrays) ^ set(variables))
-        if wrong:
-            what = "missing" if wrong[0] in variables else "unexpected"
-            raise CheckpointError(f"{wrong[0]} is {what}, and so are {len(wrong) - 1} more")
-        for name, variable in variables.items():
-            self.push(variable, np.asarray(arrays[name]))
 
 
 def _precision(dtype: Any) -> contextlib.AbstractContextManager:

@@ -282,7 +282,7 @@ class Pooler(nnx.Module):
 
 
 class PredictionHeadTransform(nnx.Module):
-    """The layer between the encoder and the decoder of the language-model head."""
+    """The layer before the decoder: of the language-model head, and of MMF's classifier."""
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.dense = Linear(config.hidden_size, config.hidden_size, **kw)
@@ -315,6 +315,17 @@ class PreTrainingHeads(nnx.Module):
 
     def __call__(self, hidden_states, pooled, word_table):
         return self.predictions(hidden_states, word_table), self.seq_relationship(pooled)
+
+
+class ClassificationHead(nnx.Module):
+    """MMF's classifier of two layers (`classifier_head="mlp"`, mmf/models/visual_bert.py)."""
+
+    def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
+        self.transform = PredictionHeadTransform(config, **kw)
+        self.decoder = Linear(config.hidden_size, config.num_labels, **kw)
+
+    def __call__(self, hidden_states):
+        return self.decoder(self.transform(hidden_states))  # B L
 
 
 class RegionToPhraseAttention(nnx.Module):
@@ -628,7 +639,7 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
-        self.cls = Linear(config.hidden_size, config.num_labels, **kw)
+        self.cls = classifier(config, **kw)
         self.initialise(seed)
 
     def __call__(
@@ -705,7 +716,7 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
         self.config = config
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
-        self.cls = Linear(config.hidden_size, config.num_labels, **kw)
+        self.cls = classifier(config, **kw)
         self.initialise(seed)
 
     def __call__(
@@ -835,6 +846,13 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def classifier(config: VisualBertConfig, **kw: Any) -> Any:
+    """The head of `num_labels` classes that `config.classifier_head` asks for."""
+    if config.classifier_head == "mlp":
+        return ClassificationHead(config, **kw)
+    return Linear(config.hidden_size, config.num_labels, **kw)
 
 
 def mask_bias(visible, dtype):

@@ -1,7 +1,6 @@
 """PyTorch as a backend: five leaves, and how its arrays go in and out."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 
 from visualbert.backend import Leaf, flatten_outputs
-from visualbert.checkpoint.read import TORCH, TorchFiles
 from visualbert.config import VisualBertConfig
 from visualbert.pt import modeling
 from visualbert.schema import ARCHITECTURES, Kind
@@ -19,7 +17,6 @@ class TorchBackend:
     """See `visualbert.backend.Backend`."""
 
     name = "pt"
-    native = TORCH
     leaves: Mapping[Kind, Leaf] = {
         Kind.EMBEDDING: Leaf("weight"),
         Kind.LINEAR: Leaf("weight"),
@@ -66,14 +63,6 @@ class TorchBackend:
             name: to_numpy(variable.new_zeros(variable.shape) if gradient is None else gradient)
             for (name, variable), gradient in zip(variables.items(), found, strict=True)
         }
-
-    def save_native(self, model: torch.nn.Module, path: Path) -> None:
-        torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, path)
-
-    def load_native(self, model: torch.nn.Module, path: Path) -> None:
-        from visualbert.pretrained import fill
-
-        fill(self, model, TorchFiles(str(path), [path]))
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -280,7 +280,7 @@ class Pooler(nn.Module):
 
 
 class PredictionHeadTransform(nn.Module):
-    """The layer between the encoder and the decoder of the language-model head."""
+    """The layer before the decoder: of the language-model head, and of MMF's classifier."""
 
     def __init__(self, config: VisualBertConfig) -> None:
         super().__init__()
@@ -314,6 +314,18 @@ class PreTrainingHeads(nn.Module):
 
     def forward(self, hidden_states, pooled, word_table):
         return self.predictions(hidden_states, word_table), self.seq_relationship(pooled)
+
+
+class ClassificationHead(nn.Module):
+    """MMF's classifier of two layers (`classifier_head="mlp"`, mmf/models/visual_bert.py)."""
+
+    def __init__(self, config: VisualBertConfig) -> None:
+        super().__init__()
+        self.transform = PredictionHeadTransform(config)
+        self.decoder = Linear(config.hidden_size, config.num_labels)
+
+    def forward(self, hidden_states):
+        return self.decoder(self.transform(hidden_states))  # B L
 
 
 class RegionToPhraseAttention(nn.Module):
@@ -647,7 +659,7 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         self.config = config
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.cls = Linear(config.hidden_size, config.num_labels)
+        self.cls = classifier(config)
         self.initialise(seed)
 
     def forward(
@@ -725,7 +737,7 @@ class VisualBertForVisualReasoning(PreTrainedModel):
         self.config = config
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        self.cls = Linear(config.hidden_size, config.num_labels)
+        self.cls = classifier(config)
         self.initialise(seed)
 
     def forward(
@@ -855,6 +867,13 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def classifier(config: VisualBertConfig) -> Any:
+    """The head of `num_labels` classes that `config.classifier_head` asks for."""
+    if config.classifier_head == "mlp":
+        return ClassificationHead(config)
+    return Linear(config.hidden_size, config.num_labels)
 
 
 def mask_bias(visible, dtype):

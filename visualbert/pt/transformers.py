@@ -68,6 +68,8 @@ def adapt(architecture: str, config: Any, inputs: Mapping[str, Any]) -> dict[str
     mask = inputs.get("attention_mask")
     if config.bypass_transformer and regions:
         raise NotComparable("its bypass_transformer raises IndexError")
+    if architecture != BODY and getattr(config, "classifier_head", "linear") != "linear":
+        raise NotComparable(f"its {architecture} has no classifier_head but the linear one")
     if architecture == "VisualBertForMultipleChoice" and "image_text_alignment" in inputs:
         raise NotComparable("it does not flatten image_text_alignment")
     if mask is not None and not np.all(np.asarray(mask)[..., 0]):

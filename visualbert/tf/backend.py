@@ -1,17 +1,14 @@
 """TensorFlow (Keras 3) as a backend: five leaves, and how its arrays go in and out."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import h5py
 import keras
 import numpy as np
 import tensorflow as tf
 
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
-from visualbert.errors import CheckpointError
 from visualbert.schema import ARCHITECTURES, Kind
 from visualbert.tf import modeling
 
@@ -20,7 +17,6 @@ class TensorFlowBackend:
     """See `visualbert.backend.Backend`."""
 
     name = "tf"
-    native = "model.weights.h5"
     leaves: Mapping[Kind, Leaf] = {
         Kind.EMBEDDING: Leaf("embeddings"),
         Kind.LINEAR: Leaf("kernel", transposed=True),
@@ -67,17 +63,6 @@ class TensorFlowBackend:
             name: tf.convert_to_tensor(gradient).numpy()
             for name, gradient in zip(variables, found, strict=True)
         }
-
-    def save_native(self, model: keras.Model, path: Path) -> None:
-        model.save_weights(path)
-
-    def load_native(self, model: keras.Model, path: Path) -> None:
-        stored: list[str] = []
-        with h5py.File(path) as file:
-            file.visititems(lambda name, x: stored.append(name) if hasattr(x, "shape") else None)
-        if len(stored) > len(model.weights):  # which Keras would leave out without a word
-            raise CheckpointError(f"it holds {len(stored)} tensors, the model {len(model.weights)}")
-        model.load_weights(path)
 
 
 backend = TensorFlowBackend()

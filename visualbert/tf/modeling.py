@@ -372,7 +372,7 @@ class Pooler(Module):
 
 
 class PredictionHeadTransform(Module):
-    """The layer between the encoder and the decoder of the language-model head."""
+    """The layer before the decoder: of the language-model head, and of MMF's classifier."""
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         super().__init__(**kw)
@@ -418,6 +418,19 @@ class PreTrainingHeads(Module):
 
     def call(self, hidden_states, pooled, word_table):
         return self.predictions(hidden_states, word_table), self.seq_relationship(pooled)
+
+
+class ClassificationHead(Module):
+    """MMF's classifier of two layers (`classifier_head="mlp"`, mmf/models/visual_bert.py)."""
+
+    def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
+        super().__init__(**kw)
+        kw.pop("name", None)
+        self.transform = PredictionHeadTransform(config, name="transform", **kw)
+        self.decoder = Linear(config.hidden_size, config.num_labels, name="decoder", **kw)
+
+    def call(self, hidden_states):
+        return self.decoder(self.transform(hidden_states))  # B L
 
 
 class RegionToPhraseAttention(Module):
@@ -797,7 +810,7 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
-        self.cls = Linear(config.hidden_size, config.num_labels, name="cls", **kw)
+        self.cls = classifier(config, name="cls", **kw)
         self.initialise(seed)
 
     def call(
@@ -880,7 +893,7 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
         self.config = config
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
-        self.cls = Linear(config.hidden_size, config.num_labels, name="cls", **kw)
+        self.cls = classifier(config, name="cls", **kw)
         self.initialise(seed)
 
     def call(
@@ -1014,6 +1027,13 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def classifier(config: VisualBertConfig, **kw: Any) -> Any:
+    """The head of `num_labels` classes that `config.classifier_head` asks for."""
+    if config.classifier_head == "mlp":
+        return ClassificationHead(config, **kw)
+    return Linear(config.hidden_size, config.num_labels, **kw)
 
 
 def mask_bias(visible, dtype):

@@ -1,0 +1,392 @@
+"""Any VisualBERT or BERT checkpoint, whatever wrote it, as one configuration and canonical tensors.
+
+A file is known by what it contains, never by its name: first the format (safetensors, torch, HDF5,
+msgpack, tar, TensorFlow), then the family of names in it. What a bare file does not say (sizes,
+head, labels) is read off the shapes and reported. Nothing is read but headers and names.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visualbert.checkpoint import families
+from visualbert.checkpoint.archives import (
+    CONFIGS,
+    WEIGHTS,
+    is_archive,
+    open_archive,
+    read_yaml,
+)
+from visualbert.checkpoint.families import HUGGING_FACE, Family
+from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, MsgpackFile, OrbaxFolder
+from visualbert.checkpoint.keras_files import KERAS, KerasFile
+from visualbert.checkpoint.read import (
+    INDEX,
+    SAFETENSORS,
+    TORCH,
+    SafetensorsFiles,
+    has_weights,
+    read_weights,
+)
+from visualbert.checkpoint.tensors import Tensors
+from visualbert.checkpoint.tf_bundle import BundleFiles
+from visualbert.checkpoint.torch_files import TorchFiles
+from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
+from visualbert.config import CONFIG_FILE, MODEL_TYPE, VisualBertConfig, read_json_object
+from visualbert.errors import CheckpointError, ConfigError, HubError
+from visualbert.schema import PREFIX, check_architecture
+
+DETECTOR = "detector.safetensors"
+BERT_CONFIG = "bert_config.json"
+NATIVE: dict[str, Callable[[str, Path], Tensors]] = {
+    KERAS: KerasFile,
+    ORBAX: OrbaxFolder,
+    MSGPACK: MsgpackFile,
+}
+_BUNDLE = ".index"  # behind the name of a TensorFlow checkpoint
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # a zip, a pickle
+_SUFFIXES = (*WEIGHTS, ".tar", ".tar.gz", ".tgz", ".safetensors", ".h5", ".msgpack")
+_MMF_FIELDS = (  # what MMF's configuration calls as this package does
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "initializer_range",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A configuration and the tensors that go with it."""
+
+    label: str
+    config: VisualBertConfig
+    tensors: Tensors
+    folder: Path
+    family: Family = HUGGING_FACE
+    notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # what was done -> to what
+    aside: Tensors | None = None  # of a detector, kept beside the model
+    files: tuple[Path, ...] = ()  # that it was read from
+    format: str = ""  # of those files
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A weight file or folder before its names are looked at."""
+
+    tensors: Any  # `Tensors` with a `format`
+    files: tuple[Path, ...]
+    config: Path | None = None  # the config.json or bert_config.json that belongs to it
+    mmf: Mapping[str, Any] | None = None  # MMF's configuration
+
+
+def open_checkpoint(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    config: str | os.PathLike | VisualBertConfig | None = None,
+    **changes: Any,
+) -> Checkpoint:
+    """Find a VisualBERT checkpoint of any family, list its tensors and settle its configuration;
+    read no tensor.
+
+    Args:
+        source: a folder, a file, or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        config: a configuration, or the file of one, in place of the checkpoint's own.
+        **changes: fields of `VisualBertConfig`.
+
+    Raises:
+        CheckpointError: it is none, is broken, or is a BERT, which has no regions.
+        ConfigError: its configuration is missing or broken.
+    """
+    path, label = find_source(source, revision), str(source)
+    own = path / CONFIG_FILE if _keeps_config(path) else None
+    if config is None and own is not None:
+        config = VisualBertConfig.from_pretrained(own, **changes)  # its absence is said first
+    found = _find(path, label)
+    family = families.recognise(found.tensors)
+    if family.bert:
+        raise CheckpointError(
+            f"{label!r} is {family.title}, not a VisualBERT; one starts from it with from_bert "
+            "(on the command line, convert --architecture CLASS)"
+        )
+    written = families.rewrite(found.tensors, family)
+    chosen, notes = _settle(found, written.tensors, config, changes)
+    aside, beside = written.aside, path / DETECTOR
+    if aside is None and beside.is_file():
+        aside = SafetensorsFiles(str(beside), [beside])
+    folder = path if path.is_dir() else path.parent
+    return Checkpoint(
+        *(label, chosen, written.tensors, folder, family, notes, aside, found.files),
+        found.tensors.format,
+    )
+
+
+def open_bert(
+    source: str | os.PathLike,
+    architecture: str,
+    *,
+    revision: str | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Checkpoint:
+    """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from
+    it.
+
+    Raises:
+        CheckpointError: there is none, or it is a VisualBERT already.
+        ConfigError: it is built differently, or says that it is another model.
+    """
+    check_architecture(architecture)
+    path, label = find_source(source, revision), str(source)
+    own = path / CONFIG_FILE if _keeps_config(path) else None
+    values = None if own is None else _bert_values(own)
+    found = _find(path, label)
+    family = families.recognise(found.tensors)
+    if not family.bert:
+        raise CheckpointError(f"{label!r} is {family.title}, not a BERT; load it as it is")
+    written = families.rewrite(found.tensors, family)
+    notes: dict[str, tuple[str, ...]] = {}
+    where = own or found.config
+    if values is None and where is not None:
+        values = read_json_object(where)
+    elif values is None:
+        values, notes["inferred"] = families.infer_config(written.tensors, changes)
+    try:
+        config = config_from_bert(values, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"{where or label}: {error}") from None
+    start = WarmStart(written.tensors, architecture, config, seed)
+    notes |= {
+        "copied from the text tables": start.derived,
+        "drawn anew": start.fresh,
+        "not needed": (*start.ignored, *written.dropped),
+    }
+    folder = path if path.is_dir() else path.parent
+    return Checkpoint(
+        *(label, config, start, folder, family, notes, None, found.files), found.tensors.format
+    )
+
+
+def is_bert(source: str | os.PathLike, revision: str | None = None) -> bool:
+    """Whether a checkpoint is a BERT, by its config.json or else by its names."""
+    path = find_source(source, revision)
+    if _keeps_config(path):
+        return read_json_object(path / CONFIG_FILE).get("model_type", MODEL_TYPE) == "bert"
+    return families.recognise(_find(path, str(source)).tensors).bert
+
+
+def _keeps_config(path: Path) -> bool:
+    """Whether a config.json is due: in every folder but one of a family that has none."""
+    if not path.is_dir():
+        return False
+    if os.path.lexists(path / CONFIG_FILE):
+        return True
+    bare = _bundles(path) or _loose_files(path)
+    return has_weights(path) or any((path / name).exists() for name in NATIVE) or not bare
+
+
+def _bert_values(path: Path) -> dict[str, Any]:
+    values = read_json_object(path)
+    if values.get("model_type", "bert") != "bert":
+        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, expected 'bert'")
+    return values
+
+
+def _settle(
+    found: _Found,
+    tensors: Tensors,
+    config: str | os.PathLike | VisualBertConfig | None,
+    changes: Mapping[str, Any],
+) -> tuple[VisualBertConfig, dict[str, tuple[str, ...]]]:
+    """The configuration that was given, that lies beside the file, or that its shapes show."""
+    if isinstance(config, VisualBertConfig):
+        return config, {}
+    mmf = found.mmf
+    if config is not None:
+        path = Path(config)
+        if path.suffix.lower() not in CONFIGS:
+            return VisualBertConfig.from_pretrained(path, **changes), {}
+        mmf = read_yaml(path)
+    elif found.config is not None:
+        return VisualBertConfig.from_pretrained(found.config, **changes), {}
+    _refuse_pairs(tensors)
+    given = _mmf_fields(tensors.label, mmf)
+    pooled = given.pop("pooler_strategy", "default") != "vqa"
+    values, lines = families.infer_config(tensors, {**given, **changes}, pooled)
+    try:
+        return VisualBertConfig.from_dict({**values, **given}, **changes), {"inferred": lines}
+    except ConfigError as error:
+        raise ConfigError(f"{tensors.label}: {error}") from None
+
+
+def _refuse_pairs(tensors: Tensors) -> None:
+    """MMF's NLVR2 reads the two images apart and joins what it pooled: twice the hidden size."""
+    dense = tensors.specs.get("cls.transform.dense.weight")
+    words = tensors.specs.get(PREFIX + "embeddings.word_embeddings.weight")
+    if dense and words and dense.shape == (2 * words.shape[-1],) * 2:
+        raise CheckpointError(
+            f"{tensors.label!r} is MMF's NLVR2 model, which runs once for each image and joins the "
+            "two; this package's VisualBertForVisualReasoning reads both at once, as the original"
+        )
+
+
+def _mmf_fields(label: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What MMF's configuration says about the model, under this package's names."""
+    if values is None:
+        return {}
+    for key in ("model_config", "model_attributes"):  # today's name, and Pythia's
+        models = values.get(key)
+        if isinstance(models, Mapping) and isinstance(models.get("visual_bert"), Mapping):
+            model = models["visual_bert"]
+            fields = (*_MMF_FIELDS, "pooler_strategy")
+            return {name: model[name] for name in fields if model.get(name) is not None}
+    raise ConfigError(f"{label}: its YAML has no model_config.visual_bert, as MMF's has")
+
+
+def _find(path: Path, label: str) -> _Found:
+    """The weights in a folder or file."""
+    if not path.is_dir():
+        return _find_file(path, label)
+    if has_weights(path):
+        tensors = read_weights(path, label)
+        return _Found(tensors, tuple(tensors.paths), path / CONFIG_FILE)
+    for name, kind in NATIVE.items():
+        if (path / name).exists():
+            return _Found(kind(label, path / name), (path / name,), path / CONFIG_FILE)
+    candidates = [*_bundles(path), *_loose_files(path)]
+    if len(candidates) == 1:
+        return _find_file(candidates[0], label)
+    if candidates:
+        raise CheckpointError(
+            f"{label}: holds more than one weight file, {', '.join(c.name for c in candidates[:4])}"
+            "; name the one you mean"
+        )
+    raise CheckpointError(
+        f"{path}: no weights found; looked for {SAFETENSORS} and {TORCH}, for the {INDEX[1:]} of "
+        f"either, for {', '.join(NATIVE)}, for a TensorFlow checkpoint, and for one file ending "
+        f"in {', '.join(_SUFFIXES)}"
+    )
+
+
+def _bundles(folder: Path) -> list[Path]:
+    """TensorFlow checkpoints in a folder, by their prefix."""
+    found = sorted(folder.glob("*" + _BUNDLE))
+    return [path.with_name(path.name.removesuffix(_BUNDLE)) for path in found]
+
+
+def _loose_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(_SUFFIXES) and path.name != DETECTOR and path.is_file()
+    )
+
+
+def _find_file(path: Path, label: str) -> _Found:
+    """The weights in one file, by what it starts with."""
+    index = path.with_name(path.name + _BUNDLE)
+    if index.is_file() and not path.exists():
+        beside = path.with_name(BERT_CONFIG)
+        bundle = BundleFiles(label, path)
+        return _Found(bundle, tuple(bundle.paths), beside if beside.is_file() else None)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_archive(head):
+        archive = open_archive(path)
+        inside = Path(f"{path}:{archive.name}")
+        return _Found(TorchFiles(label, [inside], [archive.weights]), (path,), mmf=archive.config)
+    kind = _kind(path, head)
+    beside = path.with_name(CONFIG_FILE)
+    known = path.name in (SAFETENSORS, TORCH, *NATIVE)
+    config = beside if known and beside.is_file() else None
+    return _Found(kind(label, path), (path,), config, None if config else _yaml_beside(path))
+
+
+def _kind(path: Path, head: bytes) -> Callable[[str, Path], Tensors]:
+    if head.startswith(_TORCH_STARTS):
+        return lambda label, path: TorchFiles(label, [path])
+    if head.startswith(_HDF5):
+        return KerasFile
+    if head[8:9] == b"{":
+        return lambda label, path: SafetensorsFiles(label, [path])
+    if head[:1] and (head[0] >> 4 == 0x8 or head[0] in (0xDE, 0xDF)):
+        return MsgpackFile
+    raise CheckpointError(
+        f"{path}: none of the formats that are read: torch's (zip or older), safetensors, HDF5, "
+        "msgpack, a tar archive, or a TensorFlow checkpoint (give its name without .index)"
+    )
+
+
+def _yaml_beside(path: Path) -> Mapping[str, Any] | None:
+    """MMF's configuration: of the file's own name, or the only one in its folder."""
+    same = [path.with_suffix(suffix) for suffix in CONFIGS]
+    others = [other for other in path.parent.iterdir() if other.suffix.lower() in CONFIGS]
+    for other in [*(p for p in same if p.is_file()), *(others if len(others) == 1 else ())]:
+        return read_yaml(other)
+    return None
+
+
+def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local folder or file of a checkpoint; a Hub id's files are fetched into the Hub's cache.
+
+    Raises:
+        CheckpointError: `source` looks like a path and is not there.
+        HubError: it looks like a Hub id and cannot be had.
+    """
+    path, name = Path(source), os.fspath(source)
+    if not name.strip():
+        raise CheckpointError("the checkpoint's name is empty; expected a folder or a Hub id")
+    if os.path.exists(path) or os.path.isfile(name + _BUNDLE):
+        return path
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local or name.endswith("/") or path.suffix in _SUFFIXES:
+        raise CheckpointError(f"{name}: no such file or folder")
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = [CONFIG_FILE, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
+    pickles = [TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, *pickles])
+            )
+        return folder
+    except HFValidationError:
+        raise CheckpointError(
+            f"{name}: no such folder, and not a Hub id of the form owner/name"
+        ) from None
+    except Exception as error:  # the client raises what a proxy's answer makes it trip over
+        at = f" at revision {revision}" if revision else ""
+        raise HubError(
+            f"{name}: no such folder here, and the Hub did not give it{at} ({_hub_reason(error)}); "
+            "check the name and the connection, or pass a local folder"
+        ) from error
+
+
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    known = (
+        (errors.GatedRepoError, "access to this repository has to be asked for there"),
+        (errors.RepositoryNotFoundError, "no such repository, or it is private: hf auth login"),
+        (errors.RevisionNotFoundError, "the repository has no such revision"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError, "it cannot be reached, and nothing is in the cache"),
+    )
+    reason = next((words for kind, words in known if isinstance(error, kind)), None)
+    return reason or (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -1,0 +1,429 @@
+"""torch's files as `Tensors`, without torch: the zip archive (since 1.6) and the older stream.
+
+Nothing in a file is run: the pickle that lists the tensors goes through an interpreter that knows
+tensors, storages and ordered dictionaries, and everything else is refused by its name. Storages
+are mapped, not read, and every offset is checked against them before an array is made. Formats:
+torch/serialization.py and torch/_utils.py.
+"""
+
+import itertools
+import math
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from visualbert.checkpoint import pickles
+from visualbert.checkpoint.mapped import need
+from visualbert.checkpoint.tensors import STORED, Spec, Tensors, check_spec
+from visualbert.errors import CheckpointError
+from visualbert.schema import Param
+
+_MAGIC = 0x1950A86A20F9469CFC6C
+_VERSION = 1001
+_MOST_AXES = 32
+_EXPANDED = 1 << 26  # bytes that a view may have although its file is smaller
+
+_STORAGES = {
+    "Double": "float64",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Long": "int64",
+    "Int": "int32",
+    "Short": "int16",
+    "Char": "int8",
+    "Byte": "uint8",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+}
+
+
+class _Type(NamedTuple):
+    """An element type; a storage class in a stream stands for one, bytes where it is None."""
+
+    dtype: np.dtype | None
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: np.dtype
+    size: int  # bytes
+    start: int = 0  # bytes into the storage that it is a view of
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    """A tensor of a file that has not been read: a strided view of one of its storages."""
+
+    storage: _Storage
+    dtype: np.dtype
+    offset: int  # bytes into the storage
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+
+
+def _natural(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise pickles.Broken("a size or an offset is no number from 0 up")
+    return value
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
+    if not isinstance(storage, _Storage):
+        raise pickles.Broken("a tensor has no storage")
+    return _view(storage, storage.dtype, offset, shape, strides)
+
+
+def _tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> TorchTensor:
+    if not isinstance(storage, _Storage) or not isinstance(dtype, _Type) or dtype.dtype is None:
+        raise pickles.Broken("a tensor has no storage or no type")
+    return _view(storage, dtype.dtype, offset, shape, strides)
+
+
+def _view(storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> TorchTensor:
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise pickles.Broken("a tensor has no shape")
+    if len(shape) != len(strides) or len(shape) > _MOST_AXES:
+        raise pickles.Broken(f"a tensor has {len(shape)} axes and {len(strides)} strides")
+    sizes = [_natural(size) for size in shape]
+    steps = [_natural(step) * dtype.itemsize for step in strides]
+    first = _natural(offset) * dtype.itemsize
+    last = first + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+    if 0 not in sizes and last + dtype.itemsize > storage.size:
+        raise pickles.Broken(
+            f"a tensor of shape {tuple(sizes)} reaches beyond its storage of {storage.size} bytes"
+        )
+    return TorchTensor(storage, dtype, first, tuple(sizes), tuple(steps))
+
+
+def _parameter(tensor: Any, *rest: Any) -> TorchTensor:
+    if not isinstance(tensor, TorchTensor):
+        raise pickles.Broken("a parameter is no tensor")
+    return tensor
+
+
+def _ordered(pairs: Any = (), *rest: Any) -> OrderedDict:
+    if rest or not isinstance(pairs, list | tuple):
+        raise pickles.Broken("an ordered dictionary is made of pairs")
+    found: OrderedDict = OrderedDict()
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise pickles.Broken("an ordered dictionary is made of pairs")
+        found[pair[0]] = pair[1]
+    return found
+
+
+def _size(sizes: Any = (), *rest: Any) -> tuple[int, ...]:
+    if rest or not isinstance(sizes, list | tuple):
+        raise pickles.Broken("a size is made of numbers")
+    return tuple(_natural(size) for size in sizes)
+
+
+_TABLE: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _ordered,
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch", "UntypedStorage"): _Type(None),
+    ("torch.storage", "UntypedStorage"): _Type(None),
+    **{("torch", f"{name}Storage"): _Type(STORED[d]) for name, d in _STORAGES.items()},
+    **{("torch", name): _Type(dtype) for name, dtype in STORED.items()},
+}
+
+
+@dataclass
+class TorchFile:
+    """One opened file: the value that was saved, and where every storage's bytes are."""
+
+    path: Path
+    file: BinaryIO
+    value: Any
+    places: dict[str, int] = field(default_factory=dict)  # storage -> first byte
+    swapped: bool = False  # written on a machine of the other byte order
+    archive: bool = False
+
+    def read(self, tensor: TorchTensor) -> np.ndarray:
+        """The array behind `tensor`: mapped copy-on-write where it is contiguous."""
+        if 0 in tensor.shape:
+            return np.zeros(tensor.shape, tensor.dtype)
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
+        start = self.places[tensor.storage.key] + tensor.storage.start + tensor.offset
+        try:
+            data = np.memmap(self.file, np.uint8, "c", start, (reach + tensor.dtype.itemsize,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read any more ({error}); the file has changed since it "
+                "was opened"
+            ) from None
+        array = np.ndarray(tensor.shape, tensor.dtype, data.view(np.ndarray), 0, tensor.strides)
+        if self.swapped:
+            return _swap(array)
+        plain = array.flags.c_contiguous and array.flags.aligned
+        return array if plain else np.array(array, order="C")
+
+
+def _swap(array: np.ndarray) -> np.ndarray:
+    """`array`, as a machine of the other byte order wrote it, in this one's."""
+    array = np.array(array, order="C")
+    part = array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1)
+    array.reshape(-1).view(f"u{part}").byteswap(inplace=True)
+    return array
+
+
+def open_torch(path: Path, file: BinaryIO | None = None) -> TorchFile:
+    """Parse a file of either format; no tensor is read.
+
+    Args:
+        path: what it is called.
+        file: its bytes, where they are not at `path`.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds more than tensors.
+    """
+    try:
+        file = file or open(path, "rb")  # noqa: SIM115 (held open by what is mapped)
+        archive = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
+        return _open_archive(path, file) if archive else _open_stream(path, file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except pickles.Refused as error:
+        raise CheckpointError(
+            f"{path}: refused, because it is not weights alone: it asks for {error} "
+            "(such a file can run code when it is loaded)"
+        ) from None
+    except (pickles.Broken, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole PyTorch file ({error or type(error).__name__}); fetch or write "
+            "it again"
+        ) from None
+
+
+def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
+    with zipfile.ZipFile(file) as archive:
+        members = _members(archive, file)
+    indices = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(indices) != 1:
+        raise pickles.Broken("it is a zip archive without torch's data.pkl")
+    root = indices[0].removesuffix("data.pkl")
+    if root + "constants.pkl" in members:
+        raise pickles.Refused("a program: it is a TorchScript archive")
+    order = _small(file, members.get(root + "byteorder", (0, 0)))
+    if order not in (b"", b"little", b"big"):
+        raise pickles.Broken(f"its byte order is {order!r}")
+    start, size = members[indices[0]]
+    if size > pickles.MOST_BYTES:
+        raise pickles.Broken(f"its index is longer than {pickles.MOST_BYTES} bytes")
+    places = {
+        name.removeprefix(root + "data/"): place
+        for name, (place, _) in members.items()
+        if name.startswith(root + "data/")
+    }
+    sizes = {name: members[root + "data/" + name][1] for name in places}
+
+    def storage(ident: Any) -> _Storage:
+        made = _storage(ident, 5)
+        if made.size > sizes.get(made.key, -1):
+            have = f"has {sizes[made.key]}" if made.key in sizes else "is not there"
+            raise pickles.Broken(f"storage {made.key[:40]!r} needs {made.size} bytes and {have}")
+        return made
+
+    file.seek(start)
+    value = pickles.load(file, _TABLE, storage)
+    return TorchFile(path, file, value, places, order == b"big", archive=True)
+
+
+def _members(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Where every member's bytes start and how many they are; none is compressed or overlaps."""
+    end = file.seek(0, 2)
+    found: dict[str, tuple[int, int]] = {}
+    for info in archive.infolist():
+        if info.filename in found:
+            raise pickles.Broken(f"it has two members called {info.filename[:80]!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise pickles.Broken(
+                f"{info.filename[:80]!r} is compressed, which torch never does; unpack it and "
+                "save it again"
+            )
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise pickles.Broken(f"{info.filename[:80]!r} is not where the archive says")
+        start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
+        if start + info.file_size > end:
+            raise pickles.Broken(f"{info.filename[:80]!r} reaches beyond the end of the file")
+        found[info.filename] = (start, info.file_size)
+    taken = sorted(place for place in found.values() if place[1])
+    for (start, size), (following, _) in itertools.pairwise(taken):
+        if start + size > following:
+            raise pickles.Broken("its members overlap")
+    return found
+
+
+def _small(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(min(place[1], 16))
+
+
+def _open_stream(path: Path, file: BinaryIO) -> TorchFile:
+    if pickles.load(file, {}) != _MAGIC or pickles.load(file, {}) != _VERSION:
+        raise pickles.Broken("it does not start as torch's files do")
+    pickles.load(file, {})  # sizes of C types on the machine that wrote it
+    roots: dict[str, tuple[int, int]] = {}  # bytes, bytes of an element
+
+    def storage(ident: Any) -> _Storage:
+        made = _storage(ident, 6)
+        view = ident[5]
+        size = _natural(ident[4]) * made.dtype.itemsize
+        if roots.setdefault(made.key, (size, made.dtype.itemsize))[0] != size:
+            raise pickles.Broken(f"storage {made.key[:40]!r} has two sizes")
+        if view is None:
+            return made
+        if not isinstance(view, tuple) or len(view) != 3:
+            raise pickles.Broken("a view of a storage has no offset")
+        start, length = (_natural(n) * made.dtype.itemsize for n in view[1:])
+        if start + length > size:
+            raise pickles.Broken(f"a view reaches beyond its storage of {size} bytes")
+        return _Storage(made.key, made.dtype, length, start)
+
+    value = pickles.load(file, _TABLE, storage)
+    keys = pickles.load(file, {})
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(roots):
+        raise pickles.Broken("its list of storages does not match its tensors")
+    end = file.seek(0, 1), file.seek(0, 2)
+    places, at = {}, end[0]
+    for key in keys:
+        size, itemsize = roots[key]
+        file.seek(at)
+        count = file.read(8)
+        if len(count) < 8 or int.from_bytes(count, "little", signed=True) * itemsize != size:
+            raise pickles.Broken(f"storage {key[:40]!r} is not where it should be")
+        places[key] = at + 8
+        at += 8 + size
+        if at > end[1]:
+            raise pickles.Broken(f"it ends before storage {key[:40]!r} does")
+    return TorchFile(path, file, value, places)
+
+
+def _storage(ident: Any, length: int) -> _Storage:
+    """What ("storage", type, key, device, elements, …) stands for."""
+    if not isinstance(ident, tuple) or not ident or ident[0] != "storage":
+        raise pickles.Refused(f"a persistent object of the kind {str(ident[:1])[:40]}")
+    if len(ident) != length or not isinstance(ident[1], _Type) or not isinstance(ident[2], str):
+        raise pickles.Broken("a storage has no type or no key")
+    dtype = ident[1].dtype or np.dtype(np.uint8)
+    return _Storage(ident[2], dtype, _natural(ident[4]) * dtype.itemsize)
+
+
+class TorchFiles:
+    """`Tensors` over one or more torch files, each a dictionary of tensors by name.
+
+    `files` are their bytes, where they are not at `paths`.
+    """
+
+    format = "torch"
+
+    def __init__(self, label: str, paths: list[Path], files: list[BinaryIO] | None = None) -> None:
+        self.label = label
+        self.paths = paths
+        self.specs: dict[str, Spec] = {}
+        self._tensors: dict[str, tuple[TorchFile, TorchTensor]] = {}
+        for number, path in enumerate(paths):
+            opened = open_torch(path, files[number] if files else None)
+            for name, tensor in _state(opened).items():
+                self._add(opened, name, tensor)
+
+    def _add(self, opened: TorchFile, name: str, tensor: TorchTensor) -> None:
+        spec = check_spec(opened.path, name, tensor.shape, tensor.dtype.name, self.specs)
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if size > max(tensor.storage.size, _EXPANDED):
+            raise CheckpointError(
+                f"{opened.path}: {name} of shape {tensor.shape} repeats its "
+                f"{tensor.storage.size} bytes to {size}; save it contiguous"
+            )
+        self.specs[name] = spec
+        self._tensors[name] = (opened, tensor)
+
+    def read(self, name: str) -> np.ndarray:
+        opened, tensor = self._tensors[name]
+        return opened.read(tensor)
+
+    def verify_checksum(self) -> bool:
+        """Compare the data with the checksums of torch's zip files; False where there are none.
+
+        Raises:
+            CheckpointError: the data is not what was written.
+        """
+        opened = {id(file): file for file, _ in self._tensors.values()}.values()
+        for one in opened:
+            if one.archive:
+                _test_archive(one)
+        return all(one.archive for one in opened)
+
+
+# Where a training program keeps the weights among its other state.
+_NESTS = ("model", "state_dict", "model_state_dict")
+
+
+def _state(opened: TorchFile) -> Mapping[str, TorchTensor]:
+    """The dictionary of tensors in a file, which may lie beside an optimizer and counters."""
+    value = opened.value
+    if isinstance(value, dict):
+        for name in _NESTS:
+            if isinstance(value.get(name), dict):
+                value = value[name]
+                break
+    if isinstance(value, dict) and value and all(_is_weight(item) for item in value.items()):
+        return value
+    what = "expected a dictionary of tensors by name, as torch.save(model.state_dict()) writes it"
+    if isinstance(value, dict) and "optimizer" in value:
+        what = "it is the state of an optimizer, without the model; open the model's own file"
+    elif isinstance(value, dict) and value:
+        wrong = next(name for name, item in value.items() if not _is_weight((name, item)))
+        what += f"; {str(wrong)[:80]!r} is a {type(value[wrong]).__name__}"
+    raise CheckpointError(f"{opened.path}: {what}")
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], TorchTensor)
+
+
+def _test_archive(opened: TorchFile) -> None:
+    try:
+        with zipfile.ZipFile(opened.file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        damaged = str(error)
+    if damaged:
+        raise CheckpointError(
+            f"{opened.path}: the data has changed since it was written (CRC-32 of {damaged}); "
+            "fetch or convert the checkpoint again"
+        )
+
+
+def write_torch(
+    path: Path, tensors: Tensors, params: Sequence[Param], progress: Callable[[int], object]
+) -> None:
+    """Write what `torch.save(model.state_dict())` writes."""
+    torch = need("torch", path, "pt")
+
+    from visualbert.pt.backend import from_numpy
+
+    state = {}
+    for param in params:
+        state[param.name] = from_numpy(tensors.read(param.name))
+        progress(state[param.name].nbytes)
+    torch.save(state, path)
