@@ -66,6 +66,7 @@ PERMITTED = tuple(Permit(file, *row) for files, *row in (
     ("tf", "names", "", r"^gelu\(.*", "", "Keras's exact form is not exact in float64"),
     ("tf", "names", "", r"^(_replay|.* replayed\(.*)", "", "recomputation needs the same dropout"),
     ("flax", "names", "", r"^module_options\(.*", "", "NNX passes its options down"),
+    ("flax", "classes", "", r"^Keys\(\)", "", "NNX passes its options down"),
     ("tf flax", "names", "", r"^unwritten\(.*", "", "torch.empty needs no such function"),
     ("pt", "names", "", r"^as_tensor\(x, device", "as_tensor(x", "torch tensors live on a device"),
 

@@ -53,7 +53,8 @@ class FlaxBackend:
     def push(self, variable: nnx.Param, array: np.ndarray) -> None:
         dtype = variable.get_value().dtype
         with _precision(dtype):
-            variable.set_value(jnp.array(array, dtype))
+            made = jax.device_put(np.asarray(array, dtype), may_alias=False)
+            variable.set_value(made)
 
     def call(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with _precision(model.dtype):

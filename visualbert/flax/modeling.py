@@ -66,8 +66,9 @@ class LayerNorm(nnx.LayerNorm):
 class Dropout(nnx.Dropout):
     """Dropout in training."""
 
-    def __init__(self, rate: float, *, rngs: nnx.Rngs, **kw: Any) -> None:
-        super().__init__(rate, rngs=rngs)
+    def __init__(self, rate: float, *, rngs: "Keys", **kw: Any) -> None:
+        super().__init__(rate)
+        self.rngs = rngs.dropout()
 
 
 class Embeddings(nnx.Module):
@@ -930,12 +931,34 @@ def unwritten(key, shape, dtype, out_sharding=None):
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
+class Keys:
+    """What submodules are made with in place of `nnx.Rngs`.
+
+    Parameters, which are written later, need no key. Each dropout gets a stream of its own, without
+    a compilation unless the caller brings one.
+    """
+
+    def __init__(self, rngs: nnx.Rngs | None) -> None:
+        self.given = rngs
+        self.drawn = np.random.default_rng(0)
+
+    def params(self) -> None:
+        """No key."""
+
+    def dropout(self) -> nnx.RngStream:
+        """A new stream."""
+        if self.given is not None:
+            return self.given["dropout"].fork()
+        words = self.drawn.integers(2**32, size=2, dtype=np.uint32)
+        return nnx.RngStream(jax.random.wrap_key_data(words, impl="threefry2x32"), tag="dropout")
+
+
 def module_options(rngs=None, dtype=None, param_dtype=jnp.float32):
     """What every submodule is made with: the dropout streams, and the types of compute and
     storage.
     """
     return {
-        "rngs": nnx.Rngs(params=0, dropout=0 if rngs is None else rngs.dropout()),
+        "rngs": rngs if isinstance(rngs, Keys) else Keys(rngs),
         "dtype": jnp.dtype(param_dtype if dtype is None else dtype),
         "param_dtype": jnp.dtype(param_dtype),
     }

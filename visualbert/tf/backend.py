@@ -12,6 +12,8 @@ from visualbert.config import VisualBertConfig
 from visualbert.schema import ARCHITECTURES, Kind
 from visualbert.tf import modeling
 
+_ALIGNMENT = 64  # bytes; an operation on anything less aligned ends the process
+
 
 class TensorFlowBackend:
     """See `visualbert.backend.Backend`."""
@@ -46,8 +48,9 @@ class TensorFlowBackend:
 
     def push(self, variable: keras.Variable, array: np.ndarray) -> None:
         if array.ndim == 2 and array.flags.f_contiguous:  # TensorFlow transposes on all cores
-            array = tf.transpose(tf.convert_to_tensor(array.T))
-        variable.assign(array)
+            variable.assign(tf.transpose(_in_place(array.T)))
+        else:
+            variable.assign(tf.raw_ops.DeepCopy(x=_in_place(array)))
 
     def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in flatten_outputs(model(**inputs))}
@@ -63,6 +66,15 @@ class TensorFlowBackend:
             name: tf.convert_to_tensor(gradient).numpy()
             for name, gradient in zip(variables, found, strict=True)
         }
+
+
+def _in_place(array: np.ndarray) -> tf.Tensor:
+    """A tensor over the memory of `array` where TensorFlow can compute on it, else over a copy."""
+    flags = array.flags
+    aligned = flags.c_contiguous and flags.writeable and array.ctypes.data % _ALIGNMENT == 0
+    if not aligned or not array.size or array.dtype.kind != "f":  # bfloat16 is of no kind
+        return tf.convert_to_tensor(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 backend = TensorFlowBackend()
