@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL := 3
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench bench-convert clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -23,6 +23,9 @@ check: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python tools/benchmark.py
+
+bench-convert: .venv/installed
+	$(BIN)/python tools/benchmark_convert.py
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -2,10 +2,10 @@
 exit status 2, with nothing left behind.
 """
 
+import hashlib
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +26,7 @@ BODY = "VisualBertModel"
 ANSWERS = "VisualBertForQuestionAnswering"
 PRETRAINING = "VisualBertForPreTraining"
 WEIGHTS = "model.safetensors"
+RECORD = "conversion.json"
 FORMATS = ("bin", "keras", "flax")
 CONFIG = tiny_config(num_hidden_layers=1)
 
@@ -129,7 +130,8 @@ def test_inspect(run, source):
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"{source}  {ANSWERS}"
-    assert lines[1] == (
+    assert lines[1] == "read as: VisualBERT under transformers' names (safetensors)"
+    assert lines[2] == (
         "1 layer, hidden 24, 3 heads, feed-forward 40, 113 words, 36 positions, region features "
         "20 wide, 5 labels"
     )
@@ -236,14 +238,35 @@ def test_there_and_back(to, dtype, run, tmp_path):
     assert (status, err) == (0, "")
     assert out.startswith(f"{source} → {tmp_path / to} ({to}): {ANSWERS}, 29 tensors, ")
     native = {"bin": "pytorch_model.bin", "keras": "model.weights.h5", "flax": "orbax"}[to]
-    assert sorted(os.listdir(tmp_path / to)) == ["config.json", native]
+    assert sorted(os.listdir(tmp_path / to)) == sorted(["config.json", RECORD, native])
     assert run("convert", tmp_path / to, tmp_path / "back")[0] == 0
-    assert sorted(os.listdir(tmp_path / "back")) == ["config.json", WEIGHTS]
+    assert sorted(os.listdir(tmp_path / "back")) == ["config.json", RECORD, WEIGHTS]
     back = read_weights(tmp_path / "back")
     assert differing_bits(read_weights(source), back) == []
     assert back.verify_checksum()
     configs = [json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back")]
     assert configs[0] == configs[1] and configs[0]["dtype"] == dtype
+
+
+def test_what_a_conversion_records(run, source, tmp_path):
+    """Beside the weights and inside them: where they come from, to the byte."""
+    assert run("convert", source, tmp_path / "bin", "--to", "bin")[0] == 0
+    assert run("convert", tmp_path / "bin", tmp_path / "new")[0] == 0
+    record = json.loads((tmp_path / "new" / RECORD).read_text())
+    digest = hashlib.sha256((tmp_path / "bin" / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert record == {
+        "source": str(tmp_path / "bin"),
+        "family": "VisualBERT under transformers' names",
+        "format": "torch",
+        "sha256": {"pytorch_model.bin": digest},
+        "tool": f"visualbert {__version__}",
+        "architecture": ANSWERS,
+        "dtype": "float32",
+    }
+    metadata = read_weights(tmp_path / "new").metadata
+    assert metadata["format"] == "pt"
+    for name, value in record.items():
+        assert metadata[f"conversion.{name}"] in (value, json.dumps(value))
 
 
 def test_through_every_format(run, tmp_path):
@@ -279,7 +302,16 @@ def test_new_head_and_body(run, refused, tmp_path):
     )
     assert not new.exists()
     status, out, _ = run("convert", source, new, "--architecture", ANSWERS, "--new-head")
-    assert status == 0 and out.splitlines()[2:] == ["  drawn anew: cls.weight, cls.bias"]
+    assert status == 0
+    _, read_as, not_needed, fresh = out.splitlines()
+    assert read_as == "  read as: VisualBERT under transformers' names (safetensors)"
+    lead, _, names = not_needed.partition(": ")
+    assert lead == "  not needed" and len(names.split(", ")) == 7
+    assert all(name.startswith("cls.") for name in names.split(", "))
+    assert fresh == "  drawn anew: cls.weight, cls.bias"
+    record = json.loads((new / RECORD).read_text())
+    assert record["drawn anew"] == ["cls.weight", "cls.bias"]
+    assert record["not needed"] == names.split(", ")
     seeded = ["--architecture", ANSWERS, "--new-head", "--seed", 1]
     assert run("convert", source, tmp_path / "seeded", *seeded)[0] == 0
     assert differing_bits(read_weights(new), read_weights(tmp_path / "seeded")) == ["cls.weight"]
@@ -318,12 +350,13 @@ def test_bert(run, refused, bert, tmp_path):
     status, out, _ = run("convert", bert, new, *to, "--visual-embedding-dim", 20)
     assert status == 0
     lines = out.splitlines()
-    assert lines[1] == (
+    assert lines[1] == "  read as: a BERT (safetensors)"
+    assert lines[2] == (
         "  copied from the text tables: "
         "visual_bert.embeddings.visual_token_type_embeddings.weight, "
         "visual_bert.embeddings.visual_position_embeddings.weight"
     )
-    assert lines[2].startswith("  drawn anew: visual_bert.embeddings.visual_projection.weight, ")
+    assert lines[3].startswith("  drawn anew: visual_bert.embeddings.visual_projection.weight, ")
     found, theirs = read_weights(new), read_weights(bert)
     for name in ("encoder.layer.0.output.dense.weight", "embeddings.word_embeddings.weight"):
         assert np.array_equal(found.read(f"visual_bert.{name}"), theirs.read(f"bert.{name}"))
@@ -347,7 +380,7 @@ def test_force(run, refused, source, tmp_path):
     for to in ("bin", "keras", "flax", "safetensors", "flax", "bin"):
         assert run("convert", source, target, "--to", to, "--force")[0] == 0
         assert run("inspect", target)[0] == 0
-        assert len(os.listdir(target)) == 3
+        assert len(os.listdir(target)) == 4
     (target / "pytorch_model.bin").rename(target / "pytorch_model-00001-of-00001.bin")
     index = {
         "weight_map": dict.fromkeys(
@@ -357,7 +390,7 @@ def test_force(run, refused, source, tmp_path):
     (target / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert run("inspect", target)[0] == 0
     assert run("convert", source, target, "--force")[0] == 0
-    assert sorted(os.listdir(target)) == ["config.json", WEIGHTS, "notes.txt"]
+    assert sorted(os.listdir(target)) == ["config.json", RECORD, WEIGHTS, "notes.txt"]
 
 
 def test_onto_itself(refused, source, tmp_path):
@@ -383,11 +416,16 @@ def truncate(folder):
     os.truncate(path, path.stat().st_size // 2)
 
 
-def flip_data(folder):
+def flip_index(folder):
+    path = folder / "orbax" / "manifest.ocdbt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+def halve_data(folder):
     for path in (folder / "orbax" / "d").iterdir():
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 8
-        path.write_bytes(data)
+        os.truncate(path, path.stat().st_size // 2)
 
 
 def empty(folder):
@@ -395,43 +433,76 @@ def empty(folder):
     (folder / "orbax").mkdir()
 
 
-BROKEN = {
+DAMAGE = {
     "keras": [
-        truncate,
-        lambda folder: (folder / "model.weights.h5").write_text("hello"),
-        lambda folder: edit_config(folder, num_hidden_layers=2),
-        lambda folder: edit_config(folder, num_hidden_layers=0),
-        lambda folder: edit_config(folder, vocab_size=114),
-        lambda folder: edit_config(folder, architectures=[PRETRAINING]),
-        lambda folder: edit_config(folder, architectures=[BODY]),
+        (truncate, "{0}/model.weights.h5: not a whole HDF5 file ("),
+        (
+            lambda folder: (folder / "model.weights.h5").write_text("hello"),
+            "{0}/model.weights.h5: not a whole HDF5 file (",
+        ),
     ],
     "flax": [
-        empty,
-        flip_data,
-        lambda folder: edit_config(folder, num_hidden_layers=2),
-        lambda folder: edit_config(folder, num_hidden_layers=0),
-        lambda folder: edit_config(folder, vocab_size=114),
-        lambda folder: edit_config(folder, architectures=[PRETRAINING]),
-        lambda folder: edit_config(folder, architectures=[BODY]),
+        (empty, "{0}/orbax: not an Orbax checkpoint: it has no _METADATA"),
+        (flip_index, "{0}/orbax: not a whole Orbax checkpoint ("),
+        (halve_data, "{0}/orbax: not a whole Orbax checkpoint ("),
     ],
 }
+MISFITS = [
+    (
+        {"num_hidden_layers": 2},
+        ["encoder: the file has 1 layer;", "num_hidden_layers is 2, the file says 1"],
+    ),
+    (
+        {"num_hidden_layers": 0},
+        ["encoder: the file has 1 layer;", "num_hidden_layers is 0, the file says 1"],
+    ),
+    (
+        {"vocab_size": 114},
+        [
+            "visual_bert.embeddings.word_embeddings.weight: file (113, 24), config (114, 24);",
+            "vocab_size is 114, the file says 113",
+        ],
+    ),
+]
 
 
-@pytest.mark.parametrize("to", BROKEN)
+@pytest.mark.parametrize("to", DAMAGE)
 def test_broken_native_files(to, run, refused, source, tmp_path):
-    whole = tmp_path / "whole"
+    whole, out = tmp_path / "whole", tmp_path / "out"
     assert run("convert", source, whole, "--to", to)[0] == 0
-    for i, damage in enumerate(BROKEN[to]):
-        broken = shutil.copytree(whole, tmp_path / str(i))
+    for i, (damage, sentence) in enumerate(DAMAGE[to]):
+        broken = shutil.copytree(whole, tmp_path / f"damaged{i}")
         damage(broken)
-        text = refused("convert", broken, tmp_path / "out")
-        assert f"{broken}/" in text and " that config.json describes (" in text
-        assert text.endswith("); convert it again") and len(text) < 600
-        assert not (tmp_path / "out").exists()
-    edit_config(whole, dtype="int8")
-    assert refused("inspect", whole) == (
-        f"{whole}/config.json: dtype='int8' is not one of float64, float32, float16, bfloat16"
-    )
+        text = refused("convert", broken, out)
+        assert text.startswith(sentence.format(broken)) and len(text) < 600
+        assert not out.exists()
+    for i, (changes, (problem, blame)) in enumerate(MISFITS):
+        other = shutil.copytree(whole, tmp_path / f"misfit{i}")
+        edit_config(other, **changes)
+        assert refused("convert", other, out, lines=3) == (
+            f"cannot load {ANSWERS} from '{other}': 1 problem\n"
+            f"  mismatched  {problem}\n              {blame}"
+        )
+        assert not out.exists()
+    edit_config(whole, architectures=[PRETRAINING])
+    text = refused("convert", whole, out, lines=4)
+    assert text.startswith(f"cannot load {PRETRAINING} from '{whole}': 2 problems\n  missing ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("to", DAMAGE)
+def test_what_the_file_says_counts(to, run, source, tmp_path):
+    """A native file states its own types; a body is taken from the file of a head."""
+    whole, body = tmp_path / "whole", tmp_path / "body"
+    assert run("convert", source, whole, "--to", to)[0] == 0
+    edit_config(whole, dtype="int8", architectures=[BODY])
+    status, out, _ = run("convert", whole, body)
+    assert status == 0 and out.splitlines()[2] == "  not needed: cls.bias, cls.weight"
+    assert json.loads((body / "config.json").read_text())["dtype"] == "float32"
+    found, original = read_weights(body), read_weights(source)
+    assert len(found.specs) == 27
+    for name in found.specs:
+        assert np.array_equal(found.read(name), original.read(f"visual_bert.{name}"))
 
 
 # verify
@@ -529,11 +600,12 @@ def test_no_checkpoint(command, refused, tmp_path):
         assert not new.exists()
         return text
 
-    assert say(tmp_path / "none") == f"{tmp_path}/none: no such folder"
+    assert say(tmp_path / "none") == f"{tmp_path}/none: no such file or folder"
     assert say("") == "the checkpoint's name is empty; expected a folder or a Hub id"
     (tmp_path / "file").write_text("x")
     assert say(tmp_path / "file") == (
-        f"{tmp_path}/file is a file; expected a folder with config.json and weights"
+        f"{tmp_path}/file: none of the formats that are read: torch's (zip or older), safetensors, "
+        "HDF5, msgpack, a tar archive, or a TensorFlow checkpoint (give its name without .index)"
     )
     (tmp_path / "empty").mkdir()
     empty = say(tmp_path / "empty")
@@ -678,12 +750,13 @@ def test_closed_and_narrow_streams(source):
 def test_control_c(source, tmp_path):
     """In the middle of a conversion: 130, one word, and nothing at the target."""
     code = (
-        "import os, signal, sys\nfrom visualbert.checkpoint import write\n"
-        "write.save_file = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+        "import os, signal, sys\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGINT)\n"
         "from visualbert.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "convert", source, tmp_path / "a" / "b"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "visualbert convert: interrupted\n")
-    assert os.listdir(tmp_path) == ["source"]
-    assert signal.SIGINT == 2
+    for to in ("safetensors", "bin", "keras"):
+        options = ["convert", source, tmp_path / "a" / "b", "--to", to]
+        command = [sys.executable, "-c", code, *map(str, options)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (130, "visualbert convert: interrupted\n")
+        assert os.listdir(tmp_path) == ["source"]

@@ -20,6 +20,7 @@ import threading
 import time
 import urllib.parse
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -31,19 +32,13 @@ from visualbert import CheckpointError, ConfigError, VisualBertError, get_backen
 from visualbert.checkpoint import write as writing
 from visualbert.checkpoint.initial import InitialValues
 from visualbert.checkpoint.match import check_ties, match
+from visualbert.checkpoint.open import find_source, open_bert, open_checkpoint
 from visualbert.checkpoint.read import SafetensorsFiles, TorchFiles, read_weights
 from visualbert.checkpoint.tensors import DTYPES, ArrayTensors, cast, common_dtype
 from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
 from visualbert.checkpoint.write import replace_files, write_folder
 from visualbert.errors import UsageError
-from visualbert.pretrained import (
-    ModelTensors,
-    fill,
-    find_folder,
-    load_model,
-    open_bert,
-    open_checkpoint,
-)
+from visualbert.pretrained import ModelTensors, fill, load_model
 from visualbert.schema import parameters
 
 BODY = "VisualBertModel"
@@ -659,7 +654,7 @@ ABSURD = {
     "negative axis": (entry(shape=[-2]), DATA),
     "fractional axis": (entry(shape=[2.0]), DATA),
     "unknown type": (entry(dtype="X9"), DATA),
-    "unreadable type": (entry(dtype="F8_E4M3", shape=[8]), DATA),
+    "unreadable type": (entry(dtype="F4", shape=[16]), DATA),
     "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, DATA),
     "null": ({"a": None}, DATA),
     "metadata of numbers": ({"__metadata__": {"x": 5}, "a": ENTRY}, DATA),
@@ -840,17 +835,42 @@ def test_bare_pickle(folder, tmp_path):
         assert not canary.exists()
 
 
+EXPECTED = "expected a dictionary of tensors by name, as torch.save(model.state_dict()) writes it"
+RUNS = "refused, because it is not weights alone: it asks for {} (such a file can run code when it "
+RUNS += "is loaded)"
+
+
 def not_weights():
     import torch
 
+    a = torch.zeros(2)
     return {
-        "a list": [torch.zeros(2)],
-        "a tensor": torch.zeros(2),
-        "nested": {"state_dict": {"a": torch.zeros(2)}},
-        "a number beside": {"a": torch.zeros(2), "epoch": 3},
-        "numbered": {0: torch.zeros(2)},
-        "sparse": {"a": torch.eye(3).to_sparse()},
-        "meta": {"a": torch.zeros(2, device="meta")},
+        "a list": ([a], f"{EXPECTED}; it is of type list"),
+        "a tensor": (a, f"{EXPECTED}; it is one tensor"),
+        "nothing": ({}, EXPECTED),
+        "a nest of nothing": ({"state_dict": {}}, EXPECTED),
+        "two nests": ({"model": {"model": {"a": a}}}, f"{EXPECTED}; 'model' is of type dict"),
+        "a number beside": ({"a": a, "epoch": 3}, f"{EXPECTED}; 'epoch' is of type int"),
+        "numbered": ({0: a}, f"{EXPECTED}; 0 is not a name"),
+        "an optimizer": (
+            {"epoch": 3, "optimizer": torch.optim.Adam([a]).state_dict()},
+            "it is the state of an optimizer, without the model; open the model's own file",
+        ),
+        "a module": (torch.nn.Linear(2, 2), RUNS.format("torch.nn.modules.linear.Linear")),
+        "sparse": (
+            {"a": torch.eye(3).to_sparse()},
+            "only dense tensors are read, and it holds a sparse tensor; save a dense one",
+        ),
+        "meta": (
+            {"a": torch.zeros(2, device="meta")},
+            "only dense tensors are read, and it holds a tensor without data (meta); save a dense "
+            "one",
+        ),
+        "conjugated": (
+            {"a": torch.zeros(2, dtype=torch.complex64).conj()},
+            "only dense tensors are read, and it holds a lazily conjugated or negated tensor; save "
+            "tensor.resolve_conj()",
+        ),
     }
 
 
@@ -859,19 +879,32 @@ def test_pickles_that_are_no_weights(case, folder):
     import torch
 
     (folder / WEIGHTS).unlink()
-    torch.save(not_weights()[case], folder / BIN)
-    assert refused(load_whole, folder) == (
-        f"{folder / BIN}: expected a dictionary of dense tensors by name, as "
-        "torch.save(model.state_dict()) writes it"
-    )
+    content, text = not_weights()[case]
+    torch.save(content, folder / BIN)
+    assert refused(load_whole, folder) == f"{folder / BIN}: {text}"
+
+
+def test_nested_weights(folder):
+    import torch
+
+    (folder / WEIGHTS).unlink()
+    arrays = arrays_of(ANSWERS)
+    for nest in ("model", "state_dict", "model_state_dict"):
+        torch.save({"epoch": 3, nest: torch_tensors(arrays)}, folder / BIN)
+        same(load_whole(folder), arrays)
 
 
 def test_types_that_are_no_weights(folder):
     import torch
 
     (folder / WEIGHTS).unlink()
-    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, folder / BIN)
-    assert "a has the type complex64, which is not one of float64" in refused(load_whole, folder)
+    state = torch_tensors(arrays_of(ANSWERS))
+    torch.save({**state, "cls.bias": state["cls.bias"].to(torch.complex64)}, folder / BIN)
+    assert refused(load_whole, folder, lines=3).splitlines()[:2] == [
+        f"cannot load {ANSWERS} from '{folder}': 1 problem",
+        "  mismatched  cls.bias: file complex64, expected one of float64, float32, float16, "
+        "bfloat16",
+    ]
 
 
 # Writing
@@ -1033,7 +1066,7 @@ while True:
 """
 
 
-def test_killed_while_saving(tmp_path, monkeypatch):
+def test_killed_while_saving(tmp_path):
     """kill -9 at ten moments: the old or the new checkpoint is there, whole; no litter stays."""
     config = CONFIG.replace(vocab_size=20_000)
     folder = tmp_path / "x"
@@ -1054,29 +1087,25 @@ def test_killed_while_saving(tmp_path, monkeypatch):
         littered += any(p.name.startswith(".writing-") for p in folder.iterdir())
     assert versions == sorted(versions) and versions[-1] > 0
     assert littered, "no kill hit a save: the test proves nothing"
-    monkeypatch.setattr(writing, "_YOUNG", 0)
     save(folder, arrays_of(ANSWERS, config), config=config)
     assert sorted(os.listdir(folder)) == ["config.json", WEIGHTS]
 
 
-def test_leftovers(folder, monkeypatch):
-    """Old and unlocked ones go; what a live process holds, and what is fresh, stays."""
+def test_leftovers(folder):
+    """What nobody holds goes, however young; what a live process holds stays, and so do links."""
     for name in (".writing-old", ".writing-live", ".writing-young"):
         (folder / name).mkdir()
         (folder / name / WEIGHTS).write_text("half")
-    for name in (".writing-old", ".writing-live"):
-        os.utime(folder / name, (1, 1))
+    os.utime(folder / ".writing-old", (1, 1))
     (folder / ".writing-link").symlink_to(folder.parent)
     lock = writing._lock(folder / ".writing-live")
     try:
         save(folder, arrays_of(ANSWERS))
     finally:
         os.close(lock)
-    assert {p.name for p in folder.glob(".*")} == {
-        ".writing-link",
-        ".writing-live",
-        ".writing-young",
-    }
+    assert {p.name for p in folder.glob(".*")} == {".writing-link", ".writing-live"}
+    assert (folder / ".writing-live" / WEIGHTS).read_text() == "half"
+    assert (folder.parent / folder.name / WEIGHTS).is_file()
 
 
 # A BERT
@@ -1178,18 +1207,23 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     expected = {
         "": "the checkpoint's name is empty; expected a folder or a Hub id",
-        "/nowhere": "/nowhere: no such folder",
-        "./nowhere": "./nowhere: no such folder",
-        "~/nowhere": "~/nowhere: no such folder",
-        "a/b/c": "a/b/c: no such folder",
-        "nowhere/": "nowhere/: no such folder",
-        "file": "file is a file; expected a folder with config.json and weights",
+        "/nowhere": "/nowhere: no such file or folder",
+        "./nowhere": "./nowhere: no such file or folder",
+        "~/nowhere": "~/nowhere: no such file or folder",
+        "a/b/c": "a/b/c: no such file or folder",
+        "nowhere/": "nowhere/: no such file or folder",
+        "best.th": "best.th: no such file or folder",
         "a b/c": "a b/c: no such folder, and not a Hub id of the form owner/name",
         "x" * 300: "x" * 300 + ": no such folder, and not a Hub id of the form owner/name",
     }
     for name, text in expected.items():
-        assert refused(find_folder, name) == text
-    assert refused(find_folder, "/" + "x" * 5000).endswith(": no such folder")
+        assert refused(find_source, name) == text
+    assert refused(find_source, "/" + "x" * 5000).endswith(": no such file or folder")
+    assert find_source("file") == Path("file")
+    assert refused(open_checkpoint, "file") == (
+        "file: none of the formats that are read: torch's (zip or older), safetensors, HDF5, "
+        "msgpack, a tar archive, or a TensorFlow checkpoint (give its name without .index)"
+    )
 
 
 HUB_CLIENT = """
@@ -1347,7 +1381,11 @@ def test_hub(hub, original, tmp_path):
     ]
     private = "no such repository, or it is private: hf auth login"
     assert found[5] == ["HubError", lead.format("me/none", "", private)]
-    assert found[6][0] == "ConfigError" and "no such file" in found[6][1]
+    assert found[6] == [
+        "CheckpointError",
+        "me/bare: the repository holds no checkpoint; looked for config.json, model.safetensors "
+        "and pytorch_model.bin",
+    ]
     asked = "access to this repository has to be asked for there"
     assert found[7] == ["HubError", lead.format("me/gated", "", asked)]
     assert found[8][0] == "HubError"

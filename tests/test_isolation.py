@@ -3,10 +3,12 @@ absent.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 from tiny import BACKENDS, make_model, tiny_config
 
 FRAMEWORKS = {
@@ -74,6 +76,65 @@ def test_one_framework_is_enough(backend, tmp_path):
     work = WORK.format(
         source=str(tmp_path / "a"), target=str(tmp_path / "b"), backend=backend, blocked=blocked
     )
+    assert run(BLOCK.format(blocked=blocked) + work).endswith("done\n")
+
+
+READ = """
+from pathlib import Path
+
+import numpy as np
+import visualbert
+from visualbert.checkpoint.read import read_weights
+
+expected = read_weights(Path({safe!r}))
+for source in {sources!r}:
+    read = read_weights(Path(source))
+    assert set(read.specs) == set(expected.specs)
+    for name in expected.specs:
+        assert read.read(name).tobytes() == expected.read(name).tobytes(), name
+inputs = {{"input_ids": np.array([[2, 7, 9, 3]]), "visual_embeds": np.ones((1, 5, 20), np.float32)}}
+for name in {backends!r}:
+    backend = visualbert.get_backend(name)
+    first, *others = (
+        backend.call(visualbert.load(source, name), inputs)["logits"]
+        for source in ({safe!r}, *{sources!r})
+    )
+    assert all(np.array_equal(first, other) for other in others), name
+try:
+    import torch
+except ImportError:
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("backends", [(), ("tf",), ("flax",)], ids=["numpy", "tf", "flax"])
+def test_torch_files_without_torch(backends, tmp_path):
+    """Both formats of `pytorch_model.bin`, whole and in shards, where torch cannot be imported."""
+    import torch
+
+    make_model("pt", "VisualBertForVisualReasoning", tiny_config()).save_pretrained(tmp_path / "a")
+    state = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
+    names, sources = list(state), []
+    for kind, modern in (("zip", True), ("legacy", False)):
+        for shards in (1, 3):
+            folder = tmp_path / f"{kind}{shards}"
+            folder.mkdir()
+            shutil.copy(tmp_path / "a" / "config.json", folder)
+            files = {
+                "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i}.bin": names[i::shards]
+                for i in range(shards)
+            }
+            for file, part in files.items():
+                content = {name: state[name] for name in part}
+                torch.save(content, folder / file, _use_new_zipfile_serialization=modern)
+            if shards > 1:
+                places = {name: file for file, part in files.items() for name in part}
+                index = folder / "pytorch_model.bin.index.json"
+                index.write_text(json.dumps({"weight_map": places}))
+            sources.append(str(folder))
+    blocked = {"torch", "transformers"}
+    blocked |= {m for name, ms in FRAMEWORKS.items() if name not in backends for m in ms}
+    work = READ.format(safe=str(tmp_path / "a"), sources=sources, backends=backends)
     assert run(BLOCK.format(blocked=blocked) + work).endswith("done\n")
 
 

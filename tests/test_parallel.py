@@ -58,7 +58,7 @@ def test_without_problems_the_tool_says_how_much_it_compared(sources, monkeypatc
         capsys.readouterr().out,
     )
     assert said
-    assert all(int(n) >= least for n, least in zip(said.groups(), (20, 50, 40, 8, 8), strict=True))
+    assert all(int(n) >= least for n, least in zip(said.groups(), (20, 50, 40, 8, 7), strict=True))
 
 
 def test_the_tool_fails_on_every_kind_of_problem(sources, monkeypatch, capsys):

@@ -37,6 +37,7 @@ _AT_LEAST_ONE = (
 )
 _LARGEST = 2**31 - 1
 _MOST_LABELS = 2**20
+_MOST_VALUES = 2**22
 _LABELS = ("num_labels", "id2label", "label2id")  # what goes when the labels change
 _CHOICES = {
     "hidden_act": ACTIVATIONS,
@@ -335,7 +336,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: not a file, so there is no JSON to read")
         if found.st_size > 64 * 2**20:
             raise ConfigError(f"{path}: a JSON file of more than 64 MiB is not a configuration")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if sum(map(text.count, ",[{")) > _MOST_VALUES:
+            raise ConfigError(f"{path}: holds more values than any configuration has")
+        values = json.loads(text, object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a checkpoint folder needs one") from None
     except ConfigError:
@@ -347,6 +351,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {_JSON_WORDS[type(values)]}")
     return values
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"{reprlib.repr(twice)} occurs twice")
+    return found
 
 
 def _field_names() -> set[str]:

@@ -79,6 +79,7 @@ class PreTrained:
         source: str | os.PathLike,
         *,
         revision: str | None = None,
+        config: str | os.PathLike | None = None,
         dtype: Any = None,
         seed: int = 0,
         **changes: Any,
@@ -87,8 +88,10 @@ class PreTrained:
         tables.
 
         Args:
-            source: a transformers BERT folder or Hub id.
+            source: a transformers BERT folder or Hub id, or Google's TensorFlow checkpoint (its
+                name without `.index`, or its folder).
             revision: branch, tag or commit on the Hub.
+            config: the file of the BERT's configuration, in place of its own.
             dtype: as in `from_pretrained`.
             seed: of the visual projection, the head, and whatever else a BERT does not have.
             **changes: fields of `VisualBertConfig`, above all `visual_embedding_dim`.
@@ -96,7 +99,9 @@ class PreTrained:
         Raises:
             CheckpointError: the folder does not hold a BERT.
         """
-        checkpoint = open_bert(source, cls.architecture, revision=revision, seed=seed, **changes)
+        checkpoint = open_bert(
+            source, cls.architecture, revision=revision, config=config, seed=seed, **changes
+        )
         return load_model(get_backend(cls.framework), cls, checkpoint, dtype=dtype)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -168,7 +173,7 @@ def load_model(
     """A model of `cls` with the tensors of `checkpoint`."""
     architecture = cls if isinstance(cls, str) else cls.architecture  # type: ignore[attr-defined]
     config, tensors = checkpoint.config, checkpoint.tensors
-    if checkpoint.aside is not None:
+    if checkpoint.aside is not None and checkpoint.aside.label == tensors.label:  # one file
         warnings.warn(
             f"{checkpoint.label}: {len(checkpoint.aside.specs)} tensors of the detector that made "
             "the region features are not part of the model; visualbert convert keeps them beside "

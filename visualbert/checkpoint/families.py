@@ -15,41 +15,45 @@ import numpy as np
 from visualbert.checkpoint.tensors import Spec, Tensors
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError
-from visualbert.schema import ARCHITECTURES, BODY, DIMENSIONS, PREFIX, parameters
+from visualbert.schema import BODY, DIMENSIONS, PREFIX, parameters
 
 
 class Rule(NamedTuple):
-    """Components of a name, and those that stand there instead."""
+    """Components that a name begins with, and those that stand there instead."""
 
     old: str
     new: str
-    start: bool = False  # only at the beginning of a name
+    whole: bool = False  # only where nothing follows
 
 
+_WRAPPERS = ("module", "model")  # DataParallel's; MMF's and Lightning's
 _ORIGINAL_RULES = (
-    Rule("module", "", start=True),  # DataParallel
-    Rule("model", "", start=True),  # MMF's wrapper
-    Rule("bert.bert", "visual_bert", start=True),  # AllenNLP's wrapper
-    Rule("bert.cls", "cls", start=True),
-    Rule("bert.classifier", "classifier", start=True),
-    Rule("bert.flickr_attention", "attention", start=True),
-    Rule("bert", "visual_bert", start=True),
-    Rule("flickr_attention", "attention", start=True),
-    Rule("classifier.0", "cls.transform", start=True),  # MMF's head of two layers
-    Rule("classifier.1", "cls.decoder", start=True),
-    Rule("classifier", "cls", start=True),
-    Rule("embeddings.token_type_embeddings_visual", "embeddings.visual_token_type_embeddings"),
-    Rule("embeddings.position_embeddings_visual", "embeddings.visual_position_embeddings"),
-    Rule("embeddings.projection", "embeddings.visual_projection"),
+    Rule("bert.bert", "visual_bert"),  # AllenNLP's wrapper
+    Rule("bert.cls", "cls"),
+    Rule("bert.classifier", "classifier"),
+    Rule("bert.flickr_attention", "attention"),
+    Rule("bert", "visual_bert"),
+    Rule("flickr_attention", "attention"),
+    Rule("classifier.0", "cls.transform"),  # MMF's head of two layers
+    Rule("classifier.1", "cls.decoder"),
+    Rule("classifier", "cls"),
+    *(
+        Rule(f"{prefix}embeddings.{old}", f"{prefix}embeddings.{new}")
+        for prefix in (PREFIX, "")
+        for old, new in (
+            ("token_type_embeddings_visual", "visual_token_type_embeddings"),
+            ("position_embeddings_visual", "visual_position_embeddings"),
+            ("projection", "visual_projection"),
+        )
+    ),
 )
-_TORCH_RULES = (Rule("module", "", start=True),)  # older leaves are `match`'s
 _GOOGLE_RULES = (
-    Rule("bert", "", start=True),
+    Rule("bert", ""),
     Rule("cls.predictions.output_bias", "cls.predictions.bias"),
     Rule("cls.seq_relationship.output_weights", "cls.seq_relationship.weight"),
     Rule("cls.seq_relationship.output_bias", "cls.seq_relationship.bias"),
     *(
-        Rule(f"embeddings.{table}", f"embeddings.{table}.weight")
+        Rule(f"embeddings.{table}", f"embeddings.{table}.weight", whole=True)
         for table in ("word_embeddings", "position_embeddings", "token_type_embeddings")
     ),
 )
@@ -57,32 +61,52 @@ _GOOGLE_RULES = (
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of file."""
+    """One kind of file: its names begin with one of `marks`, behind the wrappers."""
 
     title: str
-    rules: tuple[Rule, ...]
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...] = ()
     bert: bool = False  # a text-only model, from which a VisualBERT can start
 
 
-HUGGING_FACE = Family("VisualBERT under transformers' names", _TORCH_RULES)
-ORIGINAL = Family("the original authors' VisualBERT", _ORIGINAL_RULES)
-MMF = Family("MMF's VisualBERT", _ORIGINAL_RULES)
-BERT = Family("a BERT", _TORCH_RULES, bert=True)
-GOOGLE = Family("Google's BERT for TensorFlow", _GOOGLE_RULES, bert=True)
+_VISUAL = ("visual_projection.", "visual_position_embeddings.", "visual_token_type_embeddings.")
+_VISUAL_BEFORE = ("projection.", "position_embeddings_visual.", "token_type_embeddings_visual.")
 
-# What only the family's files have: the ends of names (behind whatever prefix they carry).
-_SIGNATURES = {
-    HUGGING_FACE: ("embeddings.visual_projection.weight",),
-    ORIGINAL: ("embeddings.projection.weight", "embeddings.position_embeddings_visual.weight"),
-    GOOGLE: ("bert/embeddings/word_embeddings",),
-}
-_BERT_SIGNATURE = ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight")
-_OTHERS = {  # neighbours that are easily mistaken for a VisualBERT
-    "embeddings.symbolic_embedding.weight": "an Unsupervised VisualBERT (LXMERT's code), whose "
-    "embeddings have other tables and norms",
-    "embeddings.visn_fc.weight": "an Unsupervised VisualBERT or LXMERT, whose embeddings have "
-    "other tables and norms",
-    "encoder.visn_fc.visn_fc.weight": "an LXMERT, which reads the two modalities apart",
+HUGGING_FACE = Family(
+    "VisualBERT under transformers' names", (PREFIX, *(f"embeddings.{end}" for end in _VISUAL))
+)
+ORIGINAL = Family(
+    "the original authors' VisualBERT",
+    tuple(f"{p}embeddings.{end}" for p in ("bert.bert.", "bert.", "") for end in _VISUAL_BEFORE),
+    _ORIGINAL_RULES,
+)
+MMF = Family("MMF's VisualBERT", ORIGINAL.marks, _ORIGINAL_RULES)
+GOOGLE = Family(
+    "Google's BERT for TensorFlow", ("bert/embeddings/word_embeddings",), _GOOGLE_RULES, bert=True
+)
+BERT = Family(
+    "a BERT", ("bert.embeddings.word_embeddings.", "embeddings.word_embeddings."), bert=True
+)
+
+_LOOKED_FOR = (
+    "embeddings.visual_projection.weight (VisualBERT under transformers' names), "
+    "embeddings.projection.weight (the original authors', MMF's), embeddings.word_embeddings.weight"
+    " (a BERT) behind visual_bert., bert., bert.bert. or nothing, and behind module. or model., or "
+    "for bert/embeddings/word_embeddings (Google's)"
+)
+_OTHERS = {  # whole components of neighbours that are easily mistaken for a VisualBERT
+    "embeddings.symbolic_embedding": "an Unsupervised VisualBERT (LXMERT's code), whose embeddings "
+    "have other tables and norms",
+    "embeddings.visn_fc": "an Unsupervised VisualBERT or LXMERT, whose embeddings have other "
+    "tables and norms",
+    "encoder.visn_fc": "an LXMERT, which reads the two modalities apart",
+    "encoder.x_layers": "an LXMERT, which reads the two modalities apart",
+    "v_embeddings.image_embeddings": "a ViLBERT, which reads the two modalities apart",
+    "encoder.v_layer": "a ViLBERT, which reads the two modalities apart",
+    "img_embeddings.img_linear": "a UNITER, whose regions have boxes and norms of their own",
+    "img_embedding": "an OSCAR or VinVL, whose regions come in without a segment or a position",
+    "modal_encoder": "an MMBT, whose image comes from a network of its own",
+    "text_embeddings.word_embeddings": "a ViLT, which reads patches of the image",
 }
 DETECTOR = "detector."
 _STEPS = ("adam_m", "adam_v", "AdamWeightDecayOptimizer", "global_step")  # of Google's training
@@ -94,50 +118,57 @@ def recognise(tensors: Tensors) -> Family:
     Raises:
         CheckpointError: none, or more than one; the sentence says what was looked for.
     """
-    names = set(tensors.specs)
+    names = [_unwrapped(name) for name in tensors.specs]
     for mark, what in _OTHERS.items():
-        if _ends(names, mark):
+        if any(f".{mark}." in f".{name}." for name in names):
             raise CheckpointError(f"{tensors.label!r} is {what}; it cannot become a VisualBERT")
-    found = [family for family, marks in _SIGNATURES.items() if any(_ends(names, m) for m in marks)]
+    found = [
+        family
+        for family in (HUGGING_FACE, ORIGINAL, GOOGLE)
+        if any(name.startswith(family.marks) for name in names)
+    ]
     if len(found) > 1:
         raise CheckpointError(
             f"{tensors.label!r} holds the names of {found[0].title} and of {found[1].title}; "
             "remove the tensors of one of the two"
         )
-    if not found and any(_ends(names, mark) for mark in _BERT_SIGNATURE):
+    if not found and any(name.startswith(BERT.marks) for name in names):
         return BERT
     if not found:
-        looked = ", ".join(dict.fromkeys(mark for m in _SIGNATURES.values() for mark in m[:1]))
         raise CheckpointError(
             f"{tensors.label!r} is none of the known families of weights: it holds "
-            f"{', '.join(sorted(names)[:3]) or 'nothing'}; looked for names ending in {looked} or "
-            f"{_BERT_SIGNATURE[0]}"
+            f"{', '.join(sorted(tensors.specs)[:3]) or 'nothing'}; looked for {_LOOKED_FOR}"
         )
-    if found == [ORIGINAL] and any(_is_mmf(name) for name in names):
+    if found == [ORIGINAL] and any(_is_mmf(name) for name in tensors.specs):
         return MMF
     return found[0]
 
 
-def _ends(names: Iterable[str], mark: str) -> bool:
-    return any(name == mark or name.endswith(("." + mark, "/" + mark)) for name in names)
-
-
 def _is_mmf(name: str) -> bool:
     name = name.removeprefix("module.")
-    return name.startswith(("model.bert.", "model.cls.", "classifier.0.", "model.classifier."))
+    return name.startswith(("model.", "classifier.0.", "classifier.1."))
+
+
+def _unwrapped(name: str) -> str:
+    """`name` without the wrappers that it begins with."""
+    parts = name.split(".")
+    at = 0
+    while at < len(parts) - 1 and parts[at] in _WRAPPERS:
+        at += 1
+    return ".".join(parts[at:])
 
 
 def rename(name: str, rules: Iterable[Rule]) -> str:
-    """`name` by `rules`, each on whole components."""
-    parts = name.split(".")
-    for rule in rules:
-        old, new = rule.old.split("."), rule.new.split(".") if rule.new else []
-        last = 0 if rule.start else len(parts) - len(old)
-        for at in range(last + 1):
-            if parts[at : at + len(old)] == old:
-                parts[at : at + len(old)] = new
-                break
-    return ".".join(parts)
+    """`name` without its wrappers and by `rules`, each on whole components; renaming a second time
+    changes nothing.
+    """
+    name = _unwrapped(name)
+    for old, new, whole in rules:
+        if name == old:
+            name = new
+        elif not whole and name.startswith(old + "."):
+            name = name.replace(old, new, 1) if new else name.removeprefix(old + ".")
+    return name
 
 
 class Renamed:
@@ -193,7 +224,7 @@ def rewrite(tensors: Tensors, family: Family) -> Rewritten:
         named[name] = old
     beside = {name: old for name, old in named.items() if name.startswith(DETECTOR)}
     inside = {name: old for name, old in named.items() if name not in beside}
-    same = all(name == old for name, old in named.items())
+    same = not beside and all(name == old for name, old in named.items())
     return Rewritten(
         tensors if same else Renamed(tensors, inside, frozenset(transposed)),
         Renamed(tensors, beside) if beside else None,
@@ -211,7 +242,7 @@ def _dotted(name: str) -> str:
 
 
 def infer_config(
-    tensors: Tensors, given: Mapping[str, Any], pooled: bool = True
+    tensors: Tensors, given: Mapping[str, Any], pooled: bool | None = None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Values of a config.json that the shapes of `tensors` show, under `given`; and a line for
     each.
@@ -219,7 +250,7 @@ def infer_config(
     Args:
         tensors: under this package's names.
         given: what is known already and not asked again.
-        pooled: a classifier reads the pooled state, where its size does not tell.
+        pooled: whether MMF's classifier reads the pooled state, where that is known.
 
     Raises:
         CheckpointError: the shapes show no model at all.
@@ -247,12 +278,13 @@ def infer_config(
                     seen.setdefault(DIMENSIONS[symbol], size)
     if "hidden_size" not in seen:
         raise CheckpointError(f"{tensors.label!r} shows no hidden size: it has no tables of a BERT")
-    architecture = infer_architecture(specs, pooled)
-    seen["architectures"] = [architecture]
+    architecture, reason = infer_architecture(specs, pooled)
     labels = _labels(specs)
     if labels is not None and architecture != "VisualBertForMultipleChoice":
         seen["num_labels"] = labels
-    notes = [f"{k}={v}" for k, v in seen.items() if k not in given and k != "architectures"]
+    notes = [f"architecture={architecture} ({reason})"]
+    notes += [f"{k}={v}" for k, v in seen.items() if k not in given]
+    seen["architectures"] = [architecture]
     if "num_attention_heads" not in given:
         count, why = _count_heads(specs, seen["hidden_size"], tensors.label)
         seen["num_attention_heads"] = count
@@ -297,20 +329,28 @@ def _count_heads(specs: Mapping[str, Spec], hidden: int, label: str) -> tuple[in
     return hidden // 64, "hidden_size / 64: shapes do not show it"
 
 
-def infer_architecture(specs: Mapping[str, Spec], pooled: bool = True) -> str:
-    """The class whose head a file holds.
+def infer_architecture(specs: Mapping[str, Spec], pooled: bool | None = None) -> tuple[str, str]:
+    """The class whose head a file holds, and what shows it.
 
     A classifier of one row is VCR's; one of two is NLVR2's; a larger one is VQA's and reads the
-    second-last word, unless it is MMF's head of two layers on the pooled state.
+    second-last word. MMF's head of two layers reads the pooled state, its default, unless `pooled`
+    is false.
     """
     names = {name.removeprefix(PREFIX) for name in specs}
-    if "attention.query.weight" in names:
-        return "VisualBertForRegionToPhraseAlignment"
-    if "cls.decoder.weight" in names:
-        return ARCHITECTURES[4] if pooled else ARCHITECTURES[3]
     labels = _labels(specs)
+    if "attention.query.weight" in names:
+        return "VisualBertForRegionToPhraseAlignment", "it has an attention over regions"
+    if "cls.decoder.weight" in names:
+        if pooled is None:
+            why = "nothing says which state the classifier reads: MMF's default is the pooled one"
+            return "VisualBertForVisualReasoning", why
+        if pooled:
+            return "VisualBertForVisualReasoning", "the classifier reads the pooled state"
+        return "VisualBertForQuestionAnswering", "pooler_strategy is vqa"
     if labels is not None:
-        return {1: ARCHITECTURES[2], 2: ARCHITECTURES[4]}.get(labels, ARCHITECTURES[3])
+        found = {1: "VisualBertForMultipleChoice", 2: "VisualBertForVisualReasoning"}
+        rows = f"a classifier of {labels} row{'s' * (labels != 1)}"
+        return found.get(labels, "VisualBertForQuestionAnswering"), rows
     if any(name.startswith("cls.predictions.") for name in names):
-        return "VisualBertForPreTraining"
-    return BODY
+        return "VisualBertForPreTraining", "it has a language-model head"
+    return BODY, "it has no head"

@@ -2,14 +2,14 @@
 
 Both name a parameter by the path to it and spell its leaf in Flax's way; the table of
 `visualbert.schema` says which one is meant. msgpack needs no Flax and its arrays are mapped; Orbax
-needs tensorstore, which reads one array at a time. Sources: flax/serialization.py,
-orbax.checkpoint.
+needs tensorstore, which reads one array at a time (`orbax_write` writes it). Sources:
+flax/serialization.py, orbax.checkpoint.
 """
 
-import json
 import math
+import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,11 +17,14 @@ import numpy as np
 
 from visualbert.checkpoint.mapped import MOST_ENTRIES, MappedFile, Place, broken, leaves_of, need
 from visualbert.checkpoint.tensors import STORED, Spec, Tensors, check_spec
-from visualbert.errors import CheckpointError
+from visualbert.config import read_json_object
+from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import Kind, Param
 
 ORBAX = "orbax"
 MSGPACK = "flax_model.msgpack"
+_LEAST_PACKED = 50  # weights never shrink this much
+_FREE = 1 << 24
 _LEAVES = {
     Kind.EMBEDDING: "embedding",
     Kind.LINEAR: "kernel",
@@ -31,13 +34,23 @@ _LEAVES = {
 }
 
 
-def _from_flax(path: Path, name: str) -> tuple[str, bool]:
-    """The canonical name of a leaf, and whether it lies transposed."""
-    module, _, leaf = name.rpartition(".")
-    for canonical, kind in leaves_of(module).items():
-        if _LEAVES[kind] == leaf:
-            return f"{module}.{canonical}", kind is Kind.LINEAR
-    raise CheckpointError(f"{path}: {name[:200]!r} is no parameter of a VisualBERT")
+def _from_flax(path: Path, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Of every parameter among `names`: its canonical name, and whether it lies transposed.
+
+    A dropout's random state is none; nor does a wrapping of NNX's (`.value`) or of Linen's
+    (`params.`) belong to a name.
+    """
+    names = [name for name in names if "rngs" not in name.split(".")]
+    start = "params." if all(name.startswith("params.") for name in names) else ""
+    found = {}
+    for name in names:
+        module, _, leaf = name.removeprefix(start).removesuffix(".value").rpartition(".")
+        for canonical, kind in leaves_of(module).items():
+            if _LEAVES[kind] == leaf:
+                found[name] = f"{module}.{canonical}", kind is Kind.LINEAR
+        if name not in found:
+            raise CheckpointError(f"{path}: {name[:200]!r} is no parameter of a VisualBERT")
+    return found
 
 
 def _to_flax(param: Param) -> str:
@@ -56,11 +69,8 @@ class MsgpackFile(MappedFile):
             found = _MsgpackIndex(data).read()
         except (ValueError, IndexError, struct.error, OSError) as error:
             raise broken(path, "msgpack file", error) from None
-        if all(name.startswith("params.") for name in found):
-            found = {name.removeprefix("params."): place for name, place in found.items()}
-        for name, place in found.items():
-            canonical, transposed = _from_flax(path, name)
-            self._add(canonical, place, transposed)
+        for name, (canonical, transposed) in _from_flax(path, found).items():
+            self._add(canonical, found[name], transposed)
 
 
 class _MsgpackIndex:
@@ -73,6 +83,7 @@ class _MsgpackIndex:
 
     def read(self) -> dict[str, Place]:
         found: dict[str, Place] = {}
+        steps = 0
         open_maps: list[list[Any]] = [["", self._map()]]  # name and entries still to come
         while open_maps:
             name, left = open_maps[-1]
@@ -80,9 +91,12 @@ class _MsgpackIndex:
                 open_maps.pop()
                 continue
             open_maps[-1][1] = left - 1
-            if len(found) > MOST_ENTRIES or len(open_maps) > 64:
+            steps += 1
+            if steps > MOST_ENTRIES or len(open_maps) > 64:
                 raise ValueError("it holds more than any model has")
             key = f"{name}.{self._text()}" if name else self._text()
+            if len(key) > 500:
+                raise ValueError("a name is longer than 500 letters")
             if self._peek() >> 4 == 0x8 or self._peek() in (0xDE, 0xDF):
                 open_maps.append([key, self._map()])
             else:
@@ -122,7 +136,10 @@ class _MsgpackIndex:
         size = self._length((0x1F, 0xA0), {0xD9: 1, 0xDA: 2, 0xC4: 1, 0xC5: 2}, "a name")
         if size > 500:
             raise ValueError("a name is longer than 500 bytes")
-        return bytes(self._take(size)).decode()
+        text = bytes(self._take(size)).decode()
+        if not text.isprintable():
+            raise ValueError("a name cannot be shown")
+        return text
 
     def _natural(self) -> int:
         first = self._number(1)
@@ -223,25 +240,32 @@ class OrbaxFolder:
         self._tensorstore = need("tensorstore", path, "flax")
         self.specs: dict[str, Spec] = {}
         self._stores: dict[str, tuple[Any, bool]] = {}
-        for keys in _orbax_names(path):
-            name, transposed = _from_flax(path, ".".join(keys))
+        names, driver = _orbax_names(path)
+        left = _LEAST_PACKED * _size_of_files(path) + _FREE
+        for name, (canonical, transposed) in _from_flax(path, names).items():
             try:
-                store = self._open(".".join(keys))
+                store = self._open(name, driver)
             except Exception as error:  # tensorstore raises ValueError with a long status
                 raise broken(path, "Orbax checkpoint", error) from None
             shape, dtype = tuple(store.shape), store.dtype.numpy_dtype.name
-            spec = check_spec(path, name, shape, dtype, self.specs)
+            spec = check_spec(path, canonical, shape, dtype, self.specs)
             chunk = store.chunk_layout.read_chunk.shape
             if chunk is None or math.prod(chunk) > max(4 * math.prod(shape), 2**20):
                 raise CheckpointError(f"{path}: {name} is stored in chunks larger than itself")
-            self.specs[name] = Spec(shape[::-1] if transposed else shape, spec.dtype)
-            self._stores[name] = (store, transposed)
+            left -= math.prod(shape) * STORED[dtype].itemsize
+            if left < 0:
+                raise CheckpointError(
+                    f"{path}: {name} and those before it are far larger than the files; what is "
+                    "left out there cannot be weights"
+                )
+            self.specs[canonical] = Spec(shape[::-1] if transposed else shape, spec.dtype)
+            self._stores[canonical] = (store, transposed)
 
-    def _open(self, name: str) -> Any:
-        base = {"driver": "ocdbt", "base": f"file://{self._path.absolute()}/", "path": name + "/"}
-        return self._tensorstore.open(
-            {"driver": "zarr", "kvstore": base}, open=True, read=True
-        ).result()
+    def _open(self, name: str, driver: str) -> Any:
+        files = {"driver": "file", "path": f"{self._path.absolute()}/"}
+        store = {"driver": "ocdbt", "base": files, "path": name + "/"}
+        spec = {"driver": driver, "kvstore": store}
+        return self._tensorstore.open(spec, open=True, read=True).result()
 
     def read(self, name: str) -> np.ndarray:
         store, transposed = self._stores[name]
@@ -252,34 +276,38 @@ class OrbaxFolder:
         return np.ascontiguousarray(array.T) if transposed else array
 
 
-def _orbax_names(path: Path) -> list[list[str]]:
-    """The path of every array, from the checkpoint's own metadata."""
+def _orbax_names(path: Path) -> tuple[list[str], str]:
+    """The name of every array, from the checkpoint's own metadata, and what stores them."""
     index = path / "_METADATA"
+    if not os.path.lexists(index):
+        raise CheckpointError(f"{path}: not an Orbax checkpoint: it has no _METADATA")
     try:
-        if index.stat().st_size > 2**26:
-            raise ValueError("it is larger than 64 MiB")
-        tree = json.loads(index.read_text(encoding="utf-8"))["tree_metadata"]
+        found = read_json_object(index)
+        tree = found["tree_metadata"]
         names = [[str(key["key"]) for key in entry["key_metadata"]] for entry in tree.values()]
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not an Orbax checkpoint: it has no _METADATA") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise broken(path, "Orbax checkpoint", error) from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise broken(path, "Orbax checkpoint", f"its _METADATA lacks {error}") from None
     if len(names) > MOST_ENTRIES or any("/" in key for keys in names for key in keys):
         raise CheckpointError(f"{path}: its _METADATA names what no model has")
-    return names
+    return [".".join(keys) for keys in names], "zarr3" if found.get("use_zarr3") else "zarr"
 
 
-def write_orbax(
-    path: Path, tensors: Tensors, params: Sequence[Param], progress: Callable[[int], object]
-) -> None:
-    """Write what Orbax's `StandardCheckpointer` writes for the model's nested dictionary."""
-    need("orbax", path, "flax")
-    import orbax.checkpoint as ocp
+def _size_of_files(path: Path) -> int:
+    """The bytes of all files in a folder.
 
-    arrays = {}
-    for param in params:
-        array = tensors.read(param.name)
-        arrays[_to_flax(param)] = array.T if param.kind is Kind.LINEAR else array
-        progress(array.nbytes)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), _nested(arrays))
+    Raises:
+        CheckpointError: one of them is elsewhere, or is a pipe or a device.
+    """
+    root, total = path.resolve(), 0
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            item = Path(folder, name).resolve()
+            cached = item.parent.name == "blobs" and item.is_file()  # as the Hub's cache links it
+            if not item.is_relative_to(root) and not cached:
+                raise CheckpointError(f"{path}: {name[:200]!r} is a link to another place")
+            if not item.is_file() and not item.is_dir():
+                raise CheckpointError(f"{path}: {name[:200]!r} is neither a file nor a folder")
+            total += item.stat().st_size
+    return total

@@ -1,23 +1,27 @@
 """Keras's `.weights.h5` as canonical `Tensors`, and back, without TensorFlow.
 
 Keras names a variable by the path to its layer and a number; the table of `visualbert.schema` says
-which parameter that is. The arrays are mapped, not read. Only plain arrays are taken: links,
-filters, external and virtual datasets are refused. Source: keras/src/saving/saving_lib.py.
+which parameter that is. The arrays are mapped, not read, and reading needs no HDF5 library. The
+state of an optimizer, which Keras writes beside the weights, is left out. Source:
+keras/src/saving/saving_lib.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from visualbert.checkpoint.mapped import MOST_ENTRIES, MappedFile, Place, broken, leaves_of, need
+from visualbert.checkpoint import hdf5
+from visualbert.checkpoint.mapped import MappedFile, Place, broken, leaves_of, need
 from visualbert.checkpoint.tensors import STORED, Tensors
 from visualbert.errors import CheckpointError
 from visualbert.schema import PREFIX, Kind, Param
 
 KERAS = "model.weights.h5"
-_BODY = "layers/tf_visual_bert_model/"
+_TRAINING = ("optimizer",)
+_BODY = ("layers", "tf_visual_bert_model")  # Keras's name of `visual_bert`
+_POOLER = ("layers", "pooler")  # it finds what comes after `layers` in that list
 
 
 class KerasFile(MappedFile):
@@ -27,71 +31,33 @@ class KerasFile(MappedFile):
 
     def __init__(self, label: str, path: Path) -> None:
         super().__init__(label, path)
-        h5py = need("h5py", path, "tf")
         try:
-            with h5py.File(self._file, "r") as file:
-                found = list(_h5_datasets(h5py, file, path))
-        except CheckpointError:
-            raise
-        except Exception as error:  # HDF5 raises whatever a broken file makes it trip over
+            data = np.memmap(self._file, np.uint8, "r").view(np.ndarray).data
+            found = hdf5.datasets(data, skip=_TRAINING)
+        except hdf5.Refused as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except (ValueError, IndexError, struct.error, OSError) as error:
             raise broken(path, "HDF5 file", error) from None
-        for parts, place in found:
-            self._add(*_from_keras(path, parts, place))
+        for names, place in found.items():
+            self._add(*_from_keras(path, names, place))
 
 
-def _h5_datasets(h5py: Any, file: Any, path: Path) -> Iterator[tuple[list[str], Place]]:
-    """Every dataset's path and place; links that lead elsewhere are refused, not followed."""
-    waiting, count = [([], file)], 0  # type: ignore[var-annotated]
-    while waiting:
-        parts, group = waiting.pop()
-        for name in group:
-            count += 1
-            if count > MOST_ENTRIES or len(parts) > 32:
-                raise CheckpointError(f"{path}: more groups than any model has")
-            where = "/".join([*parts, name])[:200]
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise CheckpointError(
-                    f"{path}: {where!r} is a link to another place; only plain arrays are read"
-                )
-            item = group[name]
-            if isinstance(item, h5py.Group):
-                waiting.append(([*parts, name], item))
-            elif isinstance(item, h5py.Dataset):
-                yield [*parts, name], _h5_place(h5py, item, path, where)
-
-
-def _h5_place(h5py: Any, item: Any, path: Path, where: str) -> Place:
-    plist = item.id.get_create_plist()
-    plain = plist.get_layout() == h5py.h5d.CONTIGUOUS and not plist.get_external_count()
-    dtype = item.dtype.name
-    if item.attrs.get("dtype") == "bfloat16" and item.dtype.itemsize == 2:
-        dtype = "bfloat16"
-    elif not item.dtype.isnative:
-        dtype = item.dtype.str
-    start = item.id.get_offset()
-    if 0 in item.shape:
-        start = 0
-    if not plain or start is None or item.is_virtual:
-        raise CheckpointError(
-            f"{path}: {where!r} is chunked, compressed or kept elsewhere, which Keras never does; "
-            "only plain arrays are read"
-        )
-    return Place(start, tuple(int(n) for n in item.shape), dtype)
-
-
-def _from_keras(path: Path, parts: list[str], place: Place) -> tuple[str, Place, bool]:
+def _from_keras(path: Path, parts: tuple[str, ...], place: Place) -> tuple[str, Place, bool]:
     """The canonical name of a dataset `…/vars/N`, and whether it lies transposed."""
-    module, number = "/".join(parts[:-2]), parts[-1]
-    module = module.replace(_BODY, PREFIX.replace(".", "/"), 1)
-    names = [name.removesuffix("_") if name == "output_" else name for name in module.split("/")]
-    for at in range(len(names) - 1):
-        layer = names[at + 1]
-        if names[at] == "layer" and (layer == "layer" or layer.startswith("layer_")):
-            names[at + 1] = layer.removeprefix("layer").removeprefix("_") or "0"
+    names = list(parts[:-2])
+    start = PREFIX.split(".")[:1] if tuple(names[:2]) == _BODY else []
+    names = start + names[2 * len(start) :]
+    if tuple(names[len(start) : len(start) + 2]) == _POOLER:
+        del names[len(start)]
+    for at in range(1, len(names)):
+        if names[at - 1] == "layer":
+            names[at] = names[at].removeprefix("layer_") if names[at] != "layer" else "0"
+    names = ["output" if name == "output_" else name for name in names]
     leaves = list(leaves_of(".".join(names)).items())
-    if parts[-2:-1] != ["vars"] or number not in map(str, range(len(leaves))):
+    known = [f"{_to_keras('.'.join(names))}/vars/{number}" for number in range(len(leaves))]
+    if "/".join(parts) not in known:
         raise CheckpointError(f"{path}: {'/'.join(parts)[:200]!r} is no parameter of a VisualBERT")
-    leaf, kind = leaves[int(number)]
+    leaf, kind = leaves[known.index("/".join(parts))]
     return ".".join([*names, leaf]), place, kind is Kind.LINEAR
 
 
@@ -116,8 +82,12 @@ def write_keras(
 
 def _to_keras(module: str) -> str:
     names = module.split(".")
-    for at in range(len(names) - 1):
-        if names[at] == "layer" and names[at + 1].isdecimal():
-            names[at + 1] = "layer" if names[at + 1] == "0" else f"layer_{names[at + 1]}"
-    names = ["output_" if name == "output" else name for name in names]
-    return "/".join(names).replace(PREFIX.replace(".", "/"), _BODY, 1)
+    start: list[str] = []
+    if [names[0]] == PREFIX.split(".")[:1]:
+        start, names = list(_BODY), names[1:]
+    if names[:1] == ["pooler"]:
+        start.append("layers")
+    for at in range(1, len(names)):
+        if names[at - 1] == "layer" and names[at].isdecimal():
+            names[at] = f"layer_{names[at]}".removesuffix("_0")
+    return "/".join(start + ["output_" if name == "output" else name for name in names])

@@ -7,6 +7,7 @@ from the table of `visualbert.schema`, which leaves a module has and in what ord
 import importlib
 import math
 import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -37,10 +38,7 @@ class MappedFile:
         self.label = label
         self.paths = [path]
         self._path = path
-        try:
-            self._file: BinaryIO = open(path, "rb")  # noqa: SIM115 (held open by what is mapped)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+        self._file = open_file(path)
         self._places: dict[str, Place] = {}
         self.specs: dict[str, Spec] = {}
         self._transposed: set[str] = set()
@@ -71,6 +69,20 @@ class MappedFile:
         if name in self._transposed:
             return np.ascontiguousarray(array.T)
         return array if array.flags.aligned else array.copy()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file to read; a pipe or a device, which has no end, is none.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a file, so there is nothing to read")
+        return open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def broken(path: Path, what: str, reason: object) -> CheckpointError:

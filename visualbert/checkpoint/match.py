@@ -192,7 +192,7 @@ def _wrong_layers(
         blame = _blame("num_hidden_layers", config, count)
         layers = f"{count} layer{'s' * (count > 1)}"
         problems.append(("mismatched", f"encoder: the file has {layers}{blame}"))
-        beyond = range(min(count, config.num_hidden_layers), 1 + max(*have, *want))
+        beyond = range(min(count, config.num_hidden_layers), 1 + max([*have, *want]))
         explained |= {n for i in beyond for n in (*have.get(i, ()), *want.get(i, ()))}
     extra, asked = (_starting(group, "additional_layer.") for group in (names, wanted))
     if bool(extra) != bool(asked):

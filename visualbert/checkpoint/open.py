@@ -19,9 +19,10 @@ from visualbert.checkpoint.archives import (
     open_archive,
     read_yaml,
 )
-from visualbert.checkpoint.families import HUGGING_FACE, Family
+from visualbert.checkpoint.families import HUGGING_FACE, MMF, Family
 from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, MsgpackFile, OrbaxFolder
 from visualbert.checkpoint.keras_files import KERAS, KerasFile
+from visualbert.checkpoint.mapped import open_file
 from visualbert.checkpoint.read import (
     INDEX,
     SAFETENSORS,
@@ -32,9 +33,10 @@ from visualbert.checkpoint.read import (
 )
 from visualbert.checkpoint.tensors import Tensors
 from visualbert.checkpoint.tf_bundle import BundleFiles
-from visualbert.checkpoint.torch_files import TorchFiles
+from visualbert.checkpoint.torch_files import TorchFiles, open_torch
 from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
-from visualbert.config import CONFIG_FILE, MODEL_TYPE, VisualBertConfig, read_json_object
+from visualbert.checkpoint.write import finish_commits
+from visualbert.config import CONFIG_FILE, VisualBertConfig, read_json_object
 from visualbert.errors import CheckpointError, ConfigError, HubError
 from visualbert.schema import PREFIX, check_architecture
 
@@ -49,6 +51,7 @@ _BUNDLE = ".index"  # behind the name of a TensorFlow checkpoint
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # a zip, a pickle
 _SUFFIXES = (*WEIGHTS, ".tar", ".tar.gz", ".tgz", ".safetensors", ".h5", ".msgpack")
+_MMF_MODELS = ("model_config", "model_attributes")  # today's name, and Pythia's
 _MMF_FIELDS = (  # what MMF's configuration calls as this package does
     "num_attention_heads",
     "hidden_act",
@@ -81,7 +84,8 @@ class _Found:
     tensors: Any  # `Tensors` with a `format`
     files: tuple[Path, ...]
     config: Path | None = None  # the config.json or bert_config.json that belongs to it
-    mmf: Mapping[str, Any] | None = None  # MMF's configuration
+    loose: Path | None = None  # a file that has none
+    mmf: Mapping[str, Any] | None = None  # MMF's configuration, of the same archive
 
 
 def open_checkpoint(
@@ -106,7 +110,9 @@ def open_checkpoint(
     """
     path, label = find_source(source, revision), str(source)
     own = path / CONFIG_FILE if _keeps_config(path) else None
-    if config is None and own is not None:
+    if isinstance(config, VisualBertConfig):
+        config = config.replace(**changes)
+    elif config is None and own is not None:
         config = VisualBertConfig.from_pretrained(own, **changes)  # its absence is said first
     found = _find(path, label)
     family = families.recognise(found.tensors)
@@ -116,11 +122,12 @@ def open_checkpoint(
             "(on the command line, convert --architecture CLASS)"
         )
     written = families.rewrite(found.tensors, family)
-    chosen, notes = _settle(found, written.tensors, config, changes)
-    aside, beside = written.aside, path / DETECTOR
-    if aside is None and beside.is_file():
-        aside = SafetensorsFiles(str(beside), [beside])
+    _refuse_pairs(written.tensors)
+    chosen, notes = _settle(found, family, written.tensors, config, changes)
     folder = path if path.is_dir() else path.parent
+    aside, beside = written.aside, folder / DETECTOR
+    if aside is None and (path.is_dir() or found.config) and beside.is_file():
+        aside = SafetensorsFiles(str(beside), [beside])
     return Checkpoint(
         *(label, chosen, written.tensors, folder, family, notes, aside, found.files),
         found.tensors.format,
@@ -132,11 +139,18 @@ def open_bert(
     architecture: str,
     *,
     revision: str | None = None,
+    config: str | os.PathLike | None = None,
     seed: int = 0,
     **changes: Any,
 ) -> Checkpoint:
     """Find a BERT checkpoint and present it as the VisualBERT `architecture` that starts from
     it.
+
+    Args:
+        source, revision, **changes: as in `open_checkpoint`.
+        architecture: the class that it becomes.
+        config: the file of a BERT's configuration, in place of its own.
+        seed: of whatever a BERT does not have.
 
     Raises:
         CheckpointError: there is none, or it is a VisualBERT already.
@@ -144,8 +158,8 @@ def open_bert(
     """
     check_architecture(architecture)
     path, label = find_source(source, revision), str(source)
-    own = path / CONFIG_FILE if _keeps_config(path) else None
-    values = None if own is None else _bert_values(own)
+    own = Path(config) if config is not None else _bert_config(path)
+    values = None if own is None else _bert_values(own)  # its absence is said first
     found = _find(path, label)
     family = families.recognise(found.tensors)
     if not family.bert:
@@ -154,14 +168,14 @@ def open_bert(
     notes: dict[str, tuple[str, ...]] = {}
     where = own or found.config
     if values is None and where is not None:
-        values = read_json_object(where)
+        values = _bert_values(where)
     elif values is None:
         values, notes["inferred"] = families.infer_config(written.tensors, changes)
     try:
-        config = config_from_bert(values, **changes)
+        chosen = config_from_bert(values, **changes)
     except ConfigError as error:
         raise ConfigError(f"{where or label}: {error}") from None
-    start = WarmStart(written.tensors, architecture, config, seed)
+    start = WarmStart(written.tensors, architecture, chosen, seed)
     notes |= {
         "copied from the text tables": start.derived,
         "drawn anew": start.fresh,
@@ -169,16 +183,27 @@ def open_bert(
     }
     folder = path if path.is_dir() else path.parent
     return Checkpoint(
-        *(label, config, start, folder, family, notes, None, found.files), found.tensors.format
+        *(label, chosen, start, folder, family, notes, None, found.files), found.tensors.format
     )
 
 
 def is_bert(source: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a checkpoint is a BERT, by its config.json or else by its names."""
+    """Whether a checkpoint is a BERT, by the model_type of its config.json or else by its names."""
     path = find_source(source, revision)
-    if _keeps_config(path):
-        return read_json_object(path / CONFIG_FILE).get("model_type", MODEL_TYPE) == "bert"
+    own = _bert_config(path)
+    if own is not None and (own.is_file() or not has_weights(path)):
+        model_type = read_json_object(own).get("model_type")
+        if model_type is not None:
+            return model_type == "bert"
     return families.recognise(_find(path, str(source)).tensors).bert
+
+
+def _bert_config(path: Path) -> Path | None:
+    """The configuration of a folder: config.json, or what it was called in BERT's first year."""
+    older = path / BERT_CONFIG
+    if not _keeps_config(path):
+        return None
+    return older if older.is_file() and not (path / CONFIG_FILE).exists() else path / CONFIG_FILE
 
 
 def _keeps_config(path: Path) -> bool:
@@ -200,6 +225,7 @@ def _bert_values(path: Path) -> dict[str, Any]:
 
 def _settle(
     found: _Found,
+    family: Family,
     tensors: Tensors,
     config: str | os.PathLike | VisualBertConfig | None,
     changes: Mapping[str, Any],
@@ -207,22 +233,26 @@ def _settle(
     """The configuration that was given, that lies beside the file, or that its shapes show."""
     if isinstance(config, VisualBertConfig):
         return config, {}
-    mmf = found.mmf
-    if config is not None:
-        path = Path(config)
-        if path.suffix.lower() not in CONFIGS:
-            return VisualBertConfig.from_pretrained(path, **changes), {}
-        mmf = read_yaml(path)
-    elif found.config is not None:
+    if config is not None and Path(config).suffix.lower() not in CONFIGS:
+        chosen = VisualBertConfig.from_pretrained(config, **changes)
+        if chosen.architectures:
+            return chosen, {}
+        values, lines = families.infer_config(tensors, chosen.to_dict())
+        return chosen.replace(architectures=tuple(values["architectures"])), {"inferred": lines[:1]}
+    if config is None and found.config is not None:
         return VisualBertConfig.from_pretrained(found.config, **changes), {}
-    _refuse_pairs(tensors)
-    given = _mmf_fields(tensors.label, mmf)
-    pooled = given.pop("pooler_strategy", "default") != "vqa"
+    given: dict[str, Any] = {}
+    if config is not None:
+        given = _mmf_fields(str(config), read_yaml(Path(config)))
+    elif family is MMF:
+        given = _mmf_config(found)
+    strategy = given.pop("pooler_strategy", None)
+    pooled = None if strategy is None else strategy != "vqa"
     values, lines = families.infer_config(tensors, {**given, **changes}, pooled)
     try:
         return VisualBertConfig.from_dict({**values, **given}, **changes), {"inferred": lines}
     except ConfigError as error:
-        raise ConfigError(f"{tensors.label}: {error}") from None
+        raise ConfigError(f"{config or tensors.label}: {error}") from None
 
 
 def _refuse_pairs(tensors: Tensors) -> None:
@@ -236,17 +266,43 @@ def _refuse_pairs(tensors: Tensors) -> None:
         )
 
 
-def _mmf_fields(label: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What MMF's configuration says about the model, under this package's names."""
-    if values is None:
+def _mmf_config(found: _Found) -> dict[str, Any]:
+    """The fields of MMF's configuration: in the archive, beside the file, or else inside it."""
+    label = str(found.files[0])
+    if found.mmf is not None:
+        return _mmf_fields(label, found.mmf)
+    if found.loose is None:
         return {}
-    for key in ("model_config", "model_attributes"):  # today's name, and Pythia's
+    for path in _yaml_beside(found.loose):
+        values = read_yaml(path)
+        if _mmf_model(values) is not None or path.stem == found.loose.stem:
+            return _mmf_fields(str(path), values)
+    if isinstance(found.tensors, TorchFiles):
+        state = open_torch(found.loose).value
+        inside = state.get("config") if isinstance(state, dict) else None
+        if isinstance(inside, dict) and _mmf_model(inside) is not None:
+            return _mmf_fields(label, inside)
+    return {}
+
+
+def _mmf_model(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a configuration of MMF says about the model."""
+    for key in _MMF_MODELS:
         models = values.get(key)
-        if isinstance(models, Mapping) and isinstance(models.get("visual_bert"), Mapping):
-            model = models["visual_bert"]
-            fields = (*_MMF_FIELDS, "pooler_strategy")
-            return {name: model[name] for name in fields if model.get(name) is not None}
-    raise ConfigError(f"{label}: its YAML has no model_config.visual_bert, as MMF's has")
+        if isinstance(models, dict) and isinstance(models.get("visual_bert"), dict):
+            return models["visual_bert"]
+    return None
+
+
+def _mmf_fields(label: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same under this package's names, as far as it tells more than the shapes."""
+    model = _mmf_model(values)
+    if model is None:
+        raise ConfigError(
+            f"{label}: its configuration has no model_config.visual_bert, as MMF's has"
+        )
+    fields = (*_MMF_FIELDS, "pooler_strategy")
+    return {name: model[name] for name in fields if model.get(name) is not None}
 
 
 def _find(path: Path, label: str) -> _Found:
@@ -284,7 +340,9 @@ def _loose_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.name.lower().endswith(_SUFFIXES) and path.name != DETECTOR and path.is_file()
+        if path.name.lower().endswith(_SUFFIXES)
+        and not (path.name == DETECTOR or path.name.startswith("."))
+        and path.is_file()
     )
 
 
@@ -295,11 +353,8 @@ def _find_file(path: Path, label: str) -> _Found:
         beside = path.with_name(BERT_CONFIG)
         bundle = BundleFiles(label, path)
         return _Found(bundle, tuple(bundle.paths), beside if beside.is_file() else None)
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    with open_file(path) as file:
+        head = file.read(512)
     if is_archive(head):
         archive = open_archive(path)
         inside = Path(f"{path}:{archive.name}")
@@ -308,16 +363,16 @@ def _find_file(path: Path, label: str) -> _Found:
     beside = path.with_name(CONFIG_FILE)
     known = path.name in (SAFETENSORS, TORCH, *NATIVE)
     config = beside if known and beside.is_file() else None
-    return _Found(kind(label, path), (path,), config, None if config else _yaml_beside(path))
+    return _Found(kind(label, path), (path,), config, None if config else path)
 
 
 def _kind(path: Path, head: bytes) -> Callable[[str, Path], Tensors]:
+    if head[8:9] == b"{":  # asked first: its length comes before, and may begin as a pickle does
+        return lambda label, path: SafetensorsFiles(label, [path])
     if head.startswith(_TORCH_STARTS):
         return lambda label, path: TorchFiles(label, [path])
     if head.startswith(_HDF5):
         return KerasFile
-    if head[8:9] == b"{":
-        return lambda label, path: SafetensorsFiles(label, [path])
     if head[:1] and (head[0] >> 4 == 0x8 or head[0] in (0xDE, 0xDF)):
         return MsgpackFile
     raise CheckpointError(
@@ -326,13 +381,11 @@ def _kind(path: Path, head: bytes) -> Callable[[str, Path], Tensors]:
     )
 
 
-def _yaml_beside(path: Path) -> Mapping[str, Any] | None:
-    """MMF's configuration: of the file's own name, or the only one in its folder."""
-    same = [path.with_suffix(suffix) for suffix in CONFIGS]
-    others = [other for other in path.parent.iterdir() if other.suffix.lower() in CONFIGS]
-    for other in [*(p for p in same if p.is_file()), *(others if len(others) == 1 else ())]:
-        return read_yaml(other)
-    return None
+def _yaml_beside(path: Path) -> list[Path]:
+    """Where MMF's configuration may be: under the file's own name, or alone in its folder."""
+    others = sorted(p for p in path.parent.iterdir() if p.suffix.lower() in CONFIGS and p.is_file())
+    same = [other for other in others if other.stem == path.stem]
+    return same or (others if len(others) == 1 else [])
 
 
 def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
@@ -345,10 +398,11 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     path, name = Path(source), os.fspath(source)
     if not name.strip():
         raise CheckpointError("the checkpoint's name is empty; expected a folder or a Hub id")
+    finish_commits(path if os.path.isdir(path) else path.parent)
     if os.path.exists(path) or os.path.isfile(name + _BUNDLE):
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local or name.endswith("/") or path.suffix in _SUFFIXES:
+    if looks_local or name.endswith("/") or name.lower().endswith(_SUFFIXES):
         raise CheckpointError(f"{name}: no such file or folder")
     return _fetch(name, revision)
 
@@ -357,15 +411,13 @@ def _fetch(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [CONFIG_FILE, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
-    pickles = [TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
+    configs = [CONFIG_FILE, BERT_CONFIG, DETECTOR]
+    patterns = [*configs, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
+    pickles = [*configs, TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, *pickles])
-            )
-        return folder
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=pickles))
     except HFValidationError:
         raise CheckpointError(
             f"{name}: no such folder, and not a Hub id of the form owner/name"
@@ -376,6 +428,12 @@ def _fetch(name: str, revision: str | None) -> Path:
             f"{name}: no such folder here, and the Hub did not give it{at} ({_hub_reason(error)}); "
             "check the name and the connection, or pass a local folder"
         ) from error
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: the repository holds no checkpoint; looked for {CONFIG_FILE}, {SAFETENSORS} "
+            f"and {TORCH}"
+        )
+    return folder
 
 
 def _hub_reason(error: Exception) -> str:

@@ -2,17 +2,18 @@
 
 No class is imported and no function of the stream's choosing is called: a global is looked up in a
 table that the caller passes, and one that is not there ends the load by its name. The opcodes come
-from the standard library's `pickletools`, which only parses. Size, number of opcodes and the depth
-of the result are bounded, so a stream cannot take the machine's memory or its stack either.
+from the standard library's `pickletools`, which only parses. Bytes, steps and the length of numbers
+are bounded and nothing recurses, so a stream cannot take the machine's memory or its stack either.
 """
 
 import io
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, BinaryIO
 
 MOST_BYTES = 1 << 24
-_MOST_OPCODES = 2_000_000
+_MOST_STEPS = 300_000
+_MOST_BITS = 1024
 _KEYS = (str, int, float, bytes, bool, type(None))
 
 
@@ -24,10 +25,20 @@ class Broken(Exception):
     """The stream is not a whole pickle."""
 
 
+class Inert:
+    """Stands for whatever an allowed but unneeded class would have made: it takes everything in and
+    holds nothing.
+    """
+
+    def __repr__(self) -> str:
+        return "an object of a class that is not read"
+
+
 class _Mark:
     pass
 
 
+INERT = Inert()
 _MARK = _Mark()
 _CONSTANTS: dict[str, Any] = {
     "NONE": lambda: None,
@@ -57,14 +68,17 @@ def load(
     stream: BinaryIO,
     table: Mapping[tuple[str, str], Any],
     persistent: Callable[[Any], Any] | None = None,
+    inert: Collection[str] = (),
 ) -> Any:
     """The value of the pickle at the stream's position, which is left behind its end.
 
     Args:
         stream: the bytes; at most `MOST_BYTES` of them are looked at.
         table: what (module, name) stands for. A function is what REDUCE may call, with the
-            arguments from the stream; it has to check them.
+            arguments from the stream; it has to check them. `INERT` swallows all that is done
+            to it.
         persistent: what a persistent id stands for; none is allowed if left out.
+        inert: packages of which everything else is `INERT`.
 
     Raises:
         Refused: the stream names a global that is not in `table`, or does what needs one.
@@ -72,31 +86,38 @@ def load(
     """
     start = stream.tell()
     window = io.BytesIO(stream.read(MOST_BYTES))
-    machine = _Machine(table, persistent)
+    machine = _Machine(table, persistent, inert)
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(window)):
+        for opcode, argument, _ in pickletools.genops(window):
             if opcode.name == "STOP":
                 stream.seek(start + window.tell())
                 return machine.pop()
-            if count > _MOST_OPCODES:
-                raise Broken("it has too many parts")
+            machine.spend(1)
             machine.step(opcode.name, argument)
     except (Refused, Broken):
         raise
     except Exception as error:  # whatever a damaged stream makes the parser trip over
         if window.tell() >= MOST_BYTES:
             raise Broken(f"its index is longer than {MOST_BYTES} bytes") from None
-        raise Broken(str(error) or type(error).__name__) from None
+        raise Broken(shown(str(error)) or type(error).__name__) from None
     raise Broken("it has no end")
 
 
 class _Machine:
     """The stack and the memo of one load."""
 
-    def __init__(self, table: Mapping[tuple[str, str], Any], persistent: Any) -> None:
-        self._table, self._persistent = table, persistent
+    def __init__(
+        self, table: Mapping[tuple[str, str], Any], persistent: Any, inert: Collection[str]
+    ) -> None:
+        self._table, self._persistent, self._inert = table, persistent, inert
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._left = _MOST_STEPS
+
+    def spend(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise Broken("it has too many parts")
 
     def pop(self) -> Any:
         value = self._stack.pop()
@@ -106,6 +127,8 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
+            if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
+                raise Broken("a number in it is too long")
             self._stack.append(argument)
         elif name in _CONSTANTS:
             self._stack.append(_CONSTANTS[name]())
@@ -168,11 +191,10 @@ class _Machine:
 
     def _append(self, _: Any) -> None:
         value = self.pop()
-        self._of(list).append(value)
+        self._fill(list, [value])
 
     def _appends(self, _: Any) -> None:
-        values = self._marked()
-        self._of(list).extend(values)
+        self._fill(list, self._marked())
 
     def _setitem(self, _: Any) -> None:
         value, key = self.pop(), self.pop()
@@ -182,19 +204,29 @@ class _Machine:
         self._set(self._marked())
 
     def _additems(self, _: Any) -> None:
-        values = self._marked()
-        self._of(set).update(_key(value) for value in values)
+        self._fill(set, self._marked())
 
     def _set(self, items: list[Any]) -> None:
-        target = self._of(dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+        if len(items) % 2:
+            raise Broken("a key has no value")
+        self._fill(dict, items)
 
-    def _of(self, kind: type) -> Any:
+    def _fill(self, kind: type, values: list[Any]) -> None:
+        """Add `values` to the container on top, which is of `kind`."""
         target = self._top()
+        if target is INERT:
+            return
         if not isinstance(target, kind):
             raise Broken(f"a {type(target).__name__} stands where a {kind.__name__} should")
-        return target
+        if isinstance(target, list):
+            target.extend(values)
+        elif isinstance(target, set):
+            target.update(map(_key, values))
+        elif isinstance(target, dict):
+            held = len(target) + len(values) // 2
+            target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
+            if len(target) != held:
+                raise Broken("a key occurs twice")
 
     def _global(self, argument: Any) -> None:
         module, _, name = argument.partition(" ")
@@ -207,20 +239,46 @@ class _Machine:
     def _look_up(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Broken("a global has no name")
-        if (module, name) not in self._table:
-            raise Refused(f"{module}.{name}"[:200])
-        self._stack.append(self._table[module, name])
+        if (module, name) in self._table:
+            self._stack.append(self._table[module, name])
+        elif module.partition(".")[0] in self._inert:
+            self._stack.append(INERT)
+        else:
+            raise Refused(shown(f"{module}.{name}"))
+
+    def _inst(self, argument: Any) -> None:
+        values = tuple(self._marked())
+        self._global(argument)
+        self._call(self.pop(), values)
+
+    def _obj(self, _: Any) -> None:
+        function, *values = self._marked()
+        self._call(function, tuple(values))
+
+    def _newobj(self, _: Any) -> None:
+        self._reduce(_)
+
+    def _newobj_ex(self, _: Any) -> None:
+        self.pop()
+        self._reduce(_)
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
+        self._call(function, arguments)
+
+    def _call(self, function: Any, arguments: Any) -> None:
+        if function is INERT:
+            self._stack.append(INERT)
+            return
         if not callable(function) or not isinstance(arguments, tuple):
             raise Refused("a call of what is no function")
+        self.spend(len(arguments) + sum(len(a) for a in arguments if isinstance(a, list | tuple)))
         self._stack.append(function(*arguments))
 
     def _build(self, _: Any) -> None:
         """A state dict's `_metadata` is set this way; it says nothing about the weights."""
-        state = self.pop()
-        if not isinstance(self._top(), dict) or not isinstance(state, dict):
+        state, target = self.pop(), self._top()
+        if target is not INERT and not (isinstance(target, dict) and isinstance(state, dict)):
             raise Refused("the opcode BUILD on something other than a dictionary")
 
     def _binpersid(self, _: Any) -> None:
@@ -233,3 +291,9 @@ def _key(value: Any) -> Any:
     if not isinstance(value, _KEYS):
         raise Broken(f"a {type(value).__name__} cannot be a key")
     return value
+
+
+def shown(text: str) -> str:
+    """The beginning of a text from a stream, fit for a sentence."""
+    text = text[:200]
+    return text if text.isprintable() else repr(text)[1:-1]

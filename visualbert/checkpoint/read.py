@@ -5,6 +5,7 @@ each mapping lasts as long as its array.
 """
 
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from visualbert.checkpoint.mapped import MOST_ENTRIES
 from visualbert.checkpoint.tensors import STORED, Spec, check_spec
 from visualbert.checkpoint.torch_files import TorchFiles
 from visualbert.config import read_json_object
@@ -22,6 +24,8 @@ SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 CHECKSUM = "crc32"
+
+_MOST_HEADER = 1 << 24
 
 _TYPES = {
     "F64": "float64",
@@ -111,10 +115,12 @@ def _crc(path: Path, start: int) -> str:
 def _header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Where the data starts, the entries and the metadata, once the library has validated them."""
     try:
-        with safe_open(path, framework="np"):
-            pass
         with open(path, "rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
+            if size > _MOST_HEADER:
+                raise ValueError(f"its header claims {size} bytes")
+            with safe_open(path, framework="np"):
+                pass
             entries = json.loads(file.read(size), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -123,6 +129,8 @@ def _header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
             f"{path}: not a whole safetensors file ({error}); fetch or write it again"
         ) from None
     metadata = entries.pop("__metadata__", None) or {}
+    if len(entries) > MOST_ENTRIES:
+        raise CheckpointError(f"{path}: holds {len(entries)} tensors, more than any model has")
     return 8 + size, entries, metadata
 
 
@@ -161,12 +169,13 @@ def _shards(index: Path) -> list[Path]:
     suffix = Path(index.name.removesuffix(INDEX)).suffix
     names = sorted(set(_weight_map(index).values()))
     for name in names:
+        shard = f"{index}: shard {name[:200]!r}"
         if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} lies outside the folder")
+            raise CheckpointError(f"{shard} lies outside the folder")
         if Path(name).suffix != suffix:
-            raise CheckpointError(f"{index}: shard {name!r} is not a {suffix} file")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index}: shard {name!r} is missing from the folder")
+            raise CheckpointError(f"{shard} is not a {suffix} file")
+        if not os.path.isfile(index.parent / name):
+            raise CheckpointError(f"{shard} is missing from the folder")
     return [index.parent / name for name in names]
 
 
@@ -180,6 +189,10 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f"{index}: its weight_map must give a file name for each tensor")
     return found
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) < 200 else repr(name[:200])
 
 
 def read_weights(folder: Path, label: str | None = None) -> SafetensorsFiles | TorchFiles:
@@ -196,7 +209,7 @@ def read_weights(folder: Path, label: str | None = None) -> SafetensorsFiles | T
         promised = sorted(set(_weight_map(index)) - set(tensors.specs))
         if promised:
             raise CheckpointError(
-                f"{index}: {promised[0]} is in none of its shards"
+                f"{index}: {_shown(promised[0])} is in none of its shards"
                 + (f", nor are {len(promised) - 1} more" if len(promised) > 1 else "")
                 + "; fetch the checkpoint again"
             )

@@ -15,14 +15,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from visualbert.checkpoint.mapped import MOST_ENTRIES, broken
+from visualbert.checkpoint.mapped import MOST_ENTRIES, broken, open_file
 from visualbert.checkpoint.tensors import STORED, Spec, check_spec
 from visualbert.errors import CheckpointError
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48
 _TRAILER = 5  # behind a block: how it is compressed, and its checksum
-_MOST_BYTES = 1 << 26
+_MOST_BYTES = 1 << 24
 _MOST_SHARDS = 10_000
 _LITTLE = 0
 _TYPES = {
@@ -32,12 +32,17 @@ _TYPES = {
     4: "uint8",
     5: "int16",
     6: "int8",
+    8: "complex64",
     9: "int64",
     10: "bool",
     14: "bfloat16",
+    17: "uint16",
+    18: "complex128",
     19: "float16",
     22: "uint32",
     23: "uint64",
+    24: "float8_e5m2",
+    25: "float8_e4m3fn",
 }
 _STRING = 7
 
@@ -53,7 +58,9 @@ class BundleFiles:
         self.specs: dict[str, Spec] = {}
         self._places: dict[str, tuple[int, int]] = {}  # shard, offset
         try:
-            entries = dict(_entries(_read(self._index)))
+            entries = _entries(_read(self._index))
+            if "" not in entries:
+                raise ValueError("it has no header")
             shards, order = _numbers(entries.pop(""), 1, 2)
             if order != _LITTLE:
                 raise ValueError("it was written on a big-endian machine")
@@ -61,34 +68,27 @@ class BundleFiles:
                 raise ValueError(f"it claims {shards} data files")
             self._files = self._open(prefix, shards)
             for name, value in entries.items():
-                self._add(name, value)
+                if not name.startswith("\0"):  # a slice, of which the variable's own entry tells
+                    self._add(name, value)
         except CheckpointError:
             raise
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        except (OSError, ValueError, IndexError, struct.error) as error:
             raise broken(self._index, "TensorFlow checkpoint", error) from None
 
     def _open(self, prefix: Path, shards: int) -> list[BinaryIO]:
         ends = [f".data-{i:05}-of-{shards:05}" for i in range(shards)]
         self.paths = [self._index, *(prefix.with_name(prefix.name + end) for end in ends)]
-        files: list[BinaryIO] = []
-        for path in self.paths[1:]:
-            try:
-                files.append(open(path, "rb"))  # noqa: SIM115 (held open by what is mapped)
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-        return files
+        return [open_file(path) for path in self.paths[1:]]
 
     def _add(self, name: str, value: bytes) -> None:
-        fields = dict(_fields(value))
-        kind = fields.get(1, 0)
+        kind, shard, offset, size = _numbers(value, 1, 3, 4, 5)
         if kind == _STRING:  # the object graph, or the path that it was saved to
             return
-        if 7 in fields:
+        if _messages(value, 7):
             raise CheckpointError(
                 f"{self._index}: {name[:200]!r} is saved in slices; save the variable whole"
             )
-        dims = [_numbers(dim, 1)[0] for number, dim in _fields(fields.get(2, b"")) if number == 2]
-        shard, offset, size = _numbers(value, 3, 4, 5)
+        dims = [_numbers(dim, 1)[0] for s in _messages(value, 2) for dim in _messages(s, 2)]
         dtype = _TYPES.get(kind, f"number {kind}")
         spec = check_spec(self._index, name, dims, dtype, self.specs)
         if size != math.prod(dims) * STORED[dtype].itemsize:
@@ -118,30 +118,43 @@ class BundleFiles:
 
 
 def _read(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise ValueError("its index is longer than 64 MiB")
+        raise ValueError(f"its index is longer than {_MOST_BYTES >> 20} MiB")
     return data
 
 
-def _entries(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _entries(data: bytes) -> dict[str, bytes]:
     """Every key and value of a sorted table."""
+    found: dict[str, bytes] = {}
+    last = None
+    for key, value in _pairs(data):
+        if last is not None and key <= last:
+            raise ValueError("its keys are out of order")
+        if len(found) >= MOST_ENTRIES:
+            raise ValueError("it holds more than any model has")
+        found[key.decode(errors="backslashreplace")] = value  # of a slice, it is no text
+        last = key
+    return found
+
+
+def _pairs(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
         raise ValueError("it does not end as an index does")
     at = len(data) - _FOOTER
     for _ in range(2):  # the index of what it says about itself
         _, at = _varint(data, at)
-    (start, at), count = _varint(data, at), 0
+    start, at = _varint(data, at)
     size, _ = _varint(data, at)
+    end = 0
     for _, handle in _block(data, start, size):
         start, at = _varint(handle, 0)
         size, _ = _varint(handle, at)
-        for key, value in _block(data, start, size):
-            count += 1
-            if count > MOST_ENTRIES:
-                raise ValueError("it holds more than any model has")
-            yield key.decode(), value
+        if start < end:
+            raise ValueError("its blocks overlap")
+        end = start + size
+        yield from _block(data, start, size)
 
 
 def _block(data: bytes, start: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -203,6 +216,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         if at > len(data):
             raise ValueError("a field reaches beyond its end")
         yield tag >> 3, value
+
+
+def _messages(data: bytes, number: int) -> list[bytes]:
+    """What stands in every field of this number."""
+    found = [value for field, value in _fields(data) if field == number]
+    if not all(isinstance(value, bytes) for value in found):
+        raise ValueError("a number stands where a message should")
+    return found
 
 
 def _numbers(data: bytes, *wanted: int) -> list[int]:

@@ -1,17 +1,20 @@
 """torch's files as `Tensors`, without torch: the zip archive (since 1.6) and the older stream.
 
 Nothing in a file is run: the pickle that lists the tensors goes through an interpreter that knows
-tensors, storages and ordered dictionaries, and everything else is refused by its name. Storages
-are mapped, not read, and every offset is checked against them before an array is made. Formats:
-torch/serialization.py and torch/_utils.py.
+tensors, storages and ordered dictionaries, lets what training programs keep beside them fall away,
+and refuses everything else by its name. Storages are mapped, not read, and every offset is checked
+against them before an array is made. Formats: torch/serialization.py and torch/_utils.py.
 """
 
+import io
 import itertools
 import math
+import os
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,14 +22,15 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from visualbert.checkpoint import pickles
-from visualbert.checkpoint.mapped import need
-from visualbert.checkpoint.tensors import STORED, Spec, Tensors, check_spec
+from visualbert.checkpoint.mapped import open_file
+from visualbert.checkpoint.tensors import STORED, Spec, check_spec
 from visualbert.errors import CheckpointError
-from visualbert.schema import Param
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _MOST_AXES = 32
+_MOST_INDEX = 1 << 22  # bytes of a zip's directory
+VERIFIES_APART = hasattr(os, "pread")  # beside whoever reads tensors
 _EXPANDED = 1 << 26  # bytes that a view may have although its file is smaller
 
 _STORAGES = {
@@ -43,6 +47,10 @@ _STORAGES = {
     "ComplexFloat": "complex64",
     "ComplexDouble": "complex128",
 }
+
+
+class _Unlike(pickles.Refused):
+    """A tensor that is more than a strided view of a storage."""
 
 
 class _Type(NamedTuple):
@@ -76,18 +84,41 @@ def _natural(value: Any) -> int:
     return value
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> TorchTensor:
+def _tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any = False,
+    hooks: Any = None,
+    bits: Any = None,
+) -> TorchTensor:
     if not isinstance(storage, _Storage):
         raise pickles.Broken("a tensor has no storage")
+    _check_bits(bits)
     return _view(storage, storage.dtype, offset, shape, strides)
 
 
 def _tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    bits: Any = None,
 ) -> TorchTensor:
     if not isinstance(storage, _Storage) or not isinstance(dtype, _Type) or dtype.dtype is None:
         raise pickles.Broken("a tensor has no storage or no type")
+    _check_bits(bits)
     return _view(storage, dtype.dtype, offset, shape, strides)
+
+
+def _check_bits(bits: Any) -> None:
+    """Refuse a tensor whose values are not those of its storage."""
+    if isinstance(bits, dict) and (bits.get("conj") or bits.get("neg")):
+        raise _Unlike("a lazily conjugated or negated tensor; save tensor.resolve_conj()")
 
 
 def _view(storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> TorchTensor:
@@ -96,7 +127,11 @@ def _view(storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: 
     if len(shape) != len(strides) or len(shape) > _MOST_AXES:
         raise pickles.Broken(f"a tensor has {len(shape)} axes and {len(strides)} strides")
     sizes = [_natural(size) for size in shape]
-    steps = [_natural(step) * dtype.itemsize for step in strides]
+    # An axis of one has a stride too, and it may be anything.
+    steps = [
+        _natural(step) * dtype.itemsize if size > 1 else 0
+        for size, step in zip(sizes, strides, strict=True)
+    ]
     first = _natural(offset) * dtype.itemsize
     last = first + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     if 0 not in sizes and last + dtype.itemsize > storage.size:
@@ -112,6 +147,20 @@ def _parameter(tensor: Any, *rest: Any) -> TorchTensor:
     return tensor
 
 
+def _from_type(rebuild: Any, kind: Any, arguments: Any, state: Any) -> TorchTensor:
+    """A tensor to which a program had tied attributes of its own."""
+    if rebuild not in (_tensor, _tensor_v3) or not isinstance(arguments, tuple):
+        raise pickles.Broken("a tensor has no storage")
+    return rebuild(*arguments)
+
+
+def _unlike(what: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise _Unlike(f"a {what}; save a dense one")
+
+    return refuse
+
+
 def _ordered(pairs: Any = (), *rest: Any) -> OrderedDict:
     if rest or not isinstance(pairs, list | tuple):
         raise pickles.Broken("an ordered dictionary is made of pairs")
@@ -120,6 +169,8 @@ def _ordered(pairs: Any = (), *rest: Any) -> OrderedDict:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise pickles.Broken("an ordered dictionary is made of pairs")
         found[pair[0]] = pair[1]
+    if len(found) != len(pairs):
+        raise pickles.Broken("a key occurs twice")
     return found
 
 
@@ -129,16 +180,44 @@ def _size(sizes: Any = (), *rest: Any) -> tuple[int, ...]:
     return tuple(_natural(size) for size in sizes)
 
 
+# What training programs pickle beside the weights: numbers of numpy's, and configurations.
+_BESIDE = frozenset({"pythia", "mmf", "omegaconf", "yacs"})
+_BUILTINS = ("dict", "list", "tuple", "set", "str", "int", "long", "float", "bool")
+_INERT = {
+    "numpy": ("dtype", "ndarray"),
+    "numpy.core.multiarray": ("scalar", "_reconstruct"),
+    "numpy._core.multiarray": ("scalar", "_reconstruct"),
+    "_codecs": ("encode",),
+    "collections": ("defaultdict", "Counter"),
+    "typing": ("Any",),
+    "builtins": _BUILTINS,
+    "__builtin__": _BUILTINS,
+    "torch": ("device", "Tensor"),
+    "torch.serialization": ("_get_layout",),
+}
+_OTHER_TENSORS = {
+    "_rebuild_sparse_tensor": "sparse tensor",
+    "_rebuild_sparse_csr_tensor": "sparse tensor",
+    "_rebuild_meta_tensor_no_storage": "tensor without data (meta)",
+    "_rebuild_qtensor": "quantized tensor",
+    "_rebuild_nested_tensor": "nested tensor",
+}
 _TABLE: dict[tuple[str, str], Any] = {
+    **{(m, name): pickles.INERT for m, names in _INERT.items() for name in names},
     ("collections", "OrderedDict"): _ordered,
+    ("pythia.utils.configuration", "ConfigNode"): _ordered,  # it is one
+    ("mmf.utils.configuration", "ConfigNode"): _ordered,
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch.nn.parameter", "Parameter"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch", "UntypedStorage"): _Type(None),
     ("torch.storage", "UntypedStorage"): _Type(None),
+    **{("torch._utils", name): _unlike(what) for name, what in _OTHER_TENSORS.items()},
     **{("torch", f"{name}Storage"): _Type(STORED[d]) for name, d in _STORAGES.items()},
     **{("torch", name): _Type(dtype) for name, dtype in STORED.items()},
 }
@@ -153,7 +232,7 @@ class TorchFile:
     value: Any
     places: dict[str, int] = field(default_factory=dict)  # storage -> first byte
     swapped: bool = False  # written on a machine of the other byte order
-    archive: bool = False
+    checked: bool = False  # carries a checksum of every part
 
     def read(self, tensor: TorchTensor) -> np.ndarray:
         """The array behind `tensor`: mapped copy-on-write where it is contiguous."""
@@ -194,12 +273,16 @@ def open_torch(path: Path, file: BinaryIO | None = None) -> TorchFile:
         CheckpointError: the file is damaged, or holds more than tensors.
     """
     try:
-        file = file or open(path, "rb")  # noqa: SIM115 (held open by what is mapped)
+        file = file or open_file(path)
         archive = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         return _open_archive(path, file) if archive else _open_stream(path, file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+    except CheckpointError:
+        raise
+    except _Unlike as error:
+        raise CheckpointError(
+            f"{path}: only dense tensors are read, and it holds {error}"
+        ) from None
     except pickles.Refused as error:
         raise CheckpointError(
             f"{path}: refused, because it is not weights alone: it asks for {error} "
@@ -207,20 +290,21 @@ def open_torch(path: Path, file: BinaryIO | None = None) -> TorchFile:
         ) from None
     except (pickles.Broken, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{path}: not a whole PyTorch file ({error or type(error).__name__}); fetch or write "
-            "it again"
+            f"{path}: not a whole PyTorch file ({pickles.shown(str(error))}); fetch or write it "
+            "again"
         ) from None
 
 
 def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(_Bounded(file)) as archive:  # type: ignore[arg-type]
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise pickles.Refused("a program: it is a TorchScript archive")
         members = _members(archive, file)
+        sums = {info.filename: info.CRC for info in archive.infolist()}
     indices = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(indices) != 1:
         raise pickles.Broken("it is a zip archive without torch's data.pkl")
     root = indices[0].removesuffix("data.pkl")
-    if root + "constants.pkl" in members:
-        raise pickles.Refused("a program: it is a TorchScript archive")
     order = _small(file, members.get(root + "byteorder", (0, 0)))
     if order not in (b"", b"little", b"big"):
         raise pickles.Broken(f"its byte order is {order!r}")
@@ -236,14 +320,31 @@ def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
 
     def storage(ident: Any) -> _Storage:
         made = _storage(ident, 5)
-        if made.size > sizes.get(made.key, -1):
+        if made.size != sizes.get(made.key):
             have = f"has {sizes[made.key]}" if made.key in sizes else "is not there"
             raise pickles.Broken(f"storage {made.key[:40]!r} needs {made.size} bytes and {have}")
         return made
 
     file.seek(start)
-    value = pickles.load(file, _TABLE, storage)
-    return TorchFile(path, file, value, places, order == b"big", archive=True)
+    index = file.read(size)
+    checked = any(sums.values())  # all are zero after torch.serialization.set_crc32_options(False)
+    if checked and zlib.crc32(index) != sums[indices[0]]:
+        raise pickles.Broken("its index is not what was written: the CRC-32 differs")
+    value = pickles.load(io.BytesIO(index), _TABLE, storage, _BESIDE)
+    return TorchFile(path, file, value, places, order == b"big", checked)
+
+
+class _Bounded:
+    """A file for `zipfile`, which would read a directory of any size into memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _MOST_INDEX:
+            raise pickles.Broken("its zip directory is larger than any model's")
+        return self._file.read(size if size >= 0 else _MOST_INDEX)
 
 
 def _members(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, tuple[int, int]]:
@@ -253,6 +354,8 @@ def _members(archive: zipfile.ZipFile, file: BinaryIO) -> dict[str, tuple[int, i
     for info in archive.infolist():
         if info.filename in found:
             raise pickles.Broken(f"it has two members called {info.filename[:80]!r}")
+        if info.flag_bits & 1:
+            raise pickles.Broken(f"{info.filename[:80]!r} is encrypted")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise pickles.Broken(
                 f"{info.filename[:80]!r} is compressed, which torch never does; unpack it and "
@@ -299,9 +402,13 @@ def _open_stream(path: Path, file: BinaryIO) -> TorchFile:
             raise pickles.Broken(f"a view reaches beyond its storage of {size} bytes")
         return _Storage(made.key, made.dtype, length, start)
 
-    value = pickles.load(file, _TABLE, storage)
+    value = pickles.load(file, _TABLE, storage, _BESIDE)
     keys = pickles.load(file, {})
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(roots):
+    if (
+        not isinstance(keys, list)
+        or not all(isinstance(key, str) for key in keys)
+        or sorted(keys) != sorted(roots)
+    ):
         raise pickles.Broken("its list of storages does not match its tensors")
     end = file.seek(0, 1), file.seek(0, 2)
     places, at = {}, end[0]
@@ -320,8 +427,10 @@ def _open_stream(path: Path, file: BinaryIO) -> TorchFile:
 
 def _storage(ident: Any, length: int) -> _Storage:
     """What ("storage", type, key, device, elements, …) stands for."""
-    if not isinstance(ident, tuple) or not ident or ident[0] != "storage":
-        raise pickles.Refused(f"a persistent object of the kind {str(ident[:1])[:40]}")
+    kind = ident[0] if isinstance(ident, tuple) and ident else None
+    if kind != "storage":
+        words = pickles.shown(kind[:40]) if isinstance(kind, str) else type(kind).__name__
+        raise pickles.Refused(f"a persistent object of the kind {words}")
     if len(ident) != length or not isinstance(ident[1], _Type) or not isinstance(ident[2], str):
         raise pickles.Broken("a storage has no type or no key")
     dtype = ident[1].dtype or np.dtype(np.uint8)
@@ -369,9 +478,9 @@ class TorchFiles:
         """
         opened = {id(file): file for file, _ in self._tensors.values()}.values()
         for one in opened:
-            if one.archive:
+            if one.checked:
                 _test_archive(one)
-        return all(one.archive for one in opened)
+        return all(one.checked for one in opened)
 
 
 # Where a training program keeps the weights among its other state.
@@ -392,18 +501,52 @@ def _state(opened: TorchFile) -> Mapping[str, TorchTensor]:
     if isinstance(value, dict) and "optimizer" in value:
         what = "it is the state of an optimizer, without the model; open the model's own file"
     elif isinstance(value, dict) and value:
-        wrong = next(name for name, item in value.items() if not _is_weight((name, item)))
-        what += f"; {str(wrong)[:80]!r} is a {type(value[wrong]).__name__}"
+        name, item = next(entry for entry in value.items() if not _is_weight(entry))
+        what += f"; {pickles.shown(repr(name))} is " + (
+            _kind(item) if isinstance(name, str) else "not a name"
+        )
+    elif not isinstance(value, dict):
+        what += f"; it is {_kind(value)}"
     raise CheckpointError(f"{opened.path}: {what}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, TorchTensor):
+        return "one tensor"
+    return repr(value) if value is pickles.INERT else f"of type {type(value).__name__}"
 
 
 def _is_weight(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], TorchTensor)
 
 
+class _Apart(io.RawIOBase):
+    """A file at a position of its own, so that it can be read while others read it too."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._descriptor, self._at = file.fileno(), 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        size = os.fstat(self._descriptor).st_size
+        self._at = offset + (0, self._at, size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        data = os.pread(self._descriptor, size if size >= 0 else _MOST_INDEX, self._at)
+        self._at += len(data)
+        return data
+
+
 def _test_archive(opened: TorchFile) -> None:
+    """Compare every member with its CRC-32."""
     try:
-        with zipfile.ZipFile(opened.file) as archive:
+        with zipfile.ZipFile(_Apart(opened.file)) as archive:  # type: ignore[arg-type]
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         damaged = str(error)
@@ -412,18 +555,3 @@ def _test_archive(opened: TorchFile) -> None:
             f"{opened.path}: the data has changed since it was written (CRC-32 of {damaged}); "
             "fetch or convert the checkpoint again"
         )
-
-
-def write_torch(
-    path: Path, tensors: Tensors, params: Sequence[Param], progress: Callable[[int], object]
-) -> None:
-    """Write what `torch.save(model.state_dict())` writes."""
-    torch = need("torch", path, "pt")
-
-    from visualbert.pt.backend import from_numpy
-
-    state = {}
-    for param in params:
-        state[param.name] = from_numpy(tensors.read(param.name))
-        progress(state[param.name].nbytes)
-    torch.save(state, path)

@@ -2,7 +2,8 @@
 
 Text tables, encoder, pooler and, where there is one, the language-model head are the BERT's; the
 visual segment and position tables are copies of the text tables; the visual projection and whatever
-the BERT lacks are drawn anew. `derived` and `fresh` list what did not come out of the file.
+the BERT lacks are drawn anew, in the BERT's type. `derived` and `fresh` list what did not come out
+of the file.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from visualbert.checkpoint.initial import InitialValues
 from visualbert.checkpoint.match import _rename
-from visualbert.checkpoint.tensors import Spec, Tensors, common_dtype
+from visualbert.checkpoint.tensors import Spec, Tensors, cast, common_dtype
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import COPIED, IGNORED, PREFIX, TIED, parameters
@@ -110,14 +111,14 @@ class WarmStart:
 
     @property
     def specs(self) -> dict[str, Spec]:
-        specs = dict(self._initial.specs)
+        specs = {n: Spec(spec.shape, self._dtype) for n, spec in self._initial.specs.items()}
         for name, source in {**self._taken, **self._copied}.items():
             specs[name] = self._bert.specs[source]
         return specs
 
     def read(self, name: str) -> np.ndarray:
         source = self._taken.get(name) or self._copied.get(name)
-        return self._bert.read(source) if source else self._initial.read(name)
+        return self._bert.read(source) if source else cast(self._initial.read(name), self._dtype)
 
     def verify_checksum(self) -> bool:
         """As that of the BERT's file, where it has one."""

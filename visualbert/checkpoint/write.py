@@ -3,7 +3,8 @@
 Every file is written beside its target and flushed to the disk; when all of them are whole, one
 renaming of their folder commits them, and they are moved into place, which an error undoes. A
 process that is killed leaves the old files if it had not committed; if it had, whoever opens the
-folder next moves the rest. Tensors are written one at a time, so memory holds one of them.
+folder next moves the rest, and until then config.json is missing for readers that know nothing of
+this. Tensors are written one at a time, so memory holds one of them.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import struct
@@ -36,13 +38,21 @@ except ImportError:  # Windows
 _PREFIX = ".writing-"
 _COMMITTED = ".commit-"
 _REMOVE = ".remove.json"  # in a commit: names that go
-_YOUNG = 60  # seconds
+_OLD = ".old"  # in a commit: what went
+_PATIENCE = 60  # seconds
+_BLOCK = 1 << 20  # bytes that are still in the processor's cache when they are written
+RECORD = "conversion.json"
+_OURS = re.compile(  # the files of a checkpoint in any format
+    r"(config|conversion)\.json|model\.weights\.h5|flax_model\.msgpack|orbax|"
+    r"(model|pytorch_model|detector)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+_ALIGNMENT = 64  # bytes; TensorFlow's, the largest
 
 
 def replace_files(
     folder: str | os.PathLike,
     writers: Mapping[str, Callable[[Path], object]],
-    remove: Iterable[str] = (),
+    remove: Iterable[str] | Callable[[], Iterable[str]] = (),
     size: int = 0,
 ) -> None:
     """Write several files of `folder`, all or none.
@@ -51,7 +61,8 @@ def replace_files(
         folder: made where it does not exist.
         writers: file name to a function that writes it at the path it is given. A writer may make a
             directory instead of a file.
-        remove: names of what goes when the new files are there.
+        remove: names of what goes when the new files are there, or a function that lists them when
+            no other process can change the folder any more.
         size: bytes that the writers need about; refused at once where there are fewer.
 
     Raises:
@@ -63,17 +74,18 @@ def replace_files(
         raise CheckpointError(f"cannot write {folder}: it is not a folder; nothing was changed")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        finish_commits(folder)
-        _clear_leftovers(folder)
+        with _alone(folder):
+            _finish(folder)
+            _clear_leftovers(folder)
         _check_space(folder, size)
-        with _workspace(folder) as new, _workspace(folder) as old:
+        with _workspace(folder) as new:
             for name, write in writers.items():
                 write(new / name)
                 _settle(new / name)
-            commit = _commit(folder, new, [n for n in remove if n not in writers])
-            _swap(folder, commit, old, list(writers))
-            _flush(folder)
-            shutil.rmtree(commit, ignore_errors=True)
+            with _alone(folder):
+                _finish(folder)
+                gone = remove() if callable(remove) else remove
+                _replace(folder, new, [name for name in gone if name not in writers])
     except VisualBertError:
         raise
     except Exception as error:  # a full disk is another exception in every framework's writer
@@ -88,40 +100,104 @@ def replace_files(
                 path.rmdir()  # empty only where writing failed
 
 
-def _commit(folder: Path, new: Path, remove: list[str]) -> Path:
-    """Rename the folder of whole new files: from here on they are the checkpoint."""
+def held_files(folder: Path) -> list[str]:
+    """The names in `folder` that belong to a checkpoint of any format."""
+    try:
+        return sorted(name for name in os.listdir(folder) if _is_ours(name))
+    except OSError:  # it is not there, or cannot be read: writing will say so
+        return []
+
+
+def _is_ours(name: object) -> bool:
+    return isinstance(name, str) and _OURS.fullmatch(name) is not None
+
+
+def _replace(folder: Path, new: Path, remove: list[str]) -> None:
+    """Commit the whole new files in `new` and move them into place; undo it all if that fails."""
+    names = os.listdir(new)
+    (new / _OLD).mkdir()
     (new / _REMOVE).write_text(json.dumps(remove), encoding="utf-8")
     _flush(new / _REMOVE)
     _flush(new)
     commit = folder / new.name.replace(_PREFIX, _COMMITTED, 1)
-    os.rename(new, commit)
-    _flush(folder)
-    return commit
+    undo: list[tuple[Path, Path]] = []
+    try:
+        os.rename(new, commit)  # from here on they are the checkpoint
+        _flush(folder)
+        _swap(folder, commit, names, remove, undo)
+        _flush(folder)
+        os.rename(commit, new)  # what it holds now is what went
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(new, commit)
+        for source, target in reversed(undo):
+            with contextlib.suppress(OSError):
+                os.replace(source, target)
+        with contextlib.suppress(OSError):
+            os.rename(commit, new)
+        raise
 
 
 def finish_commits(folder: Path) -> None:
-    """Move into place what a process that was killed in doing so had committed.
+    """Move into place what a process that was killed in doing so had committed, and wait for one
+    that is doing so.
 
     Raises:
         CheckpointError: the folder cannot be written.
     """
+    if not os.path.isdir(folder) or not any(folder.glob(_COMMITTED + "*")):
+        return
+    try:
+        with _alone(folder):
+            _finish(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: an interrupted write cannot be finished ({error.strerror}); make the "
+            "folder writable and try again"
+        ) from None
+
+
+def _finish(folder: Path) -> None:
+    """As `finish_commits`, where no other process can be at work."""
     for commit in sorted(folder.glob(_COMMITTED + "*")):
-        lock = _lock(commit)
-        if lock is None and fcntl is not None:
-            continue  # its process is alive
-        try:
-            with _workspace(folder) as old:
-                names = [path.name for path in commit.iterdir() if path.name != _REMOVE]
-                _swap(folder, commit, old, names)
-            shutil.rmtree(commit, ignore_errors=True)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: an interrupted write cannot be finished ({error.strerror}); make the "
-                "folder writable and try again"
-            ) from None
-        finally:
-            if lock is not None:
-                os.close(lock)
+        names = _still_to_move(folder, commit)
+        remove = _removals(commit)
+        if names:  # or all has been moved, and what is there now may be newer
+            (commit / _OLD).mkdir(exist_ok=True)
+            _swap(folder, commit, names, remove, [])
+            _flush(folder)
+        done = folder / commit.name.replace(_COMMITTED, _PREFIX, 1)
+        os.rename(commit, done)
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def _still_to_move(folder: Path, commit: Path) -> list[str]:
+    """The files in a commit; in a downloaded one they can replace nothing but a checkpoint's."""
+    if commit.is_symlink() or not commit.is_dir() or (commit / _OLD).is_symlink():
+        raise _foreign(commit)
+    names = [name for name in os.listdir(commit) if name not in (_REMOVE, _OLD)]
+    for name in names:
+        if name.startswith(".") or (os.path.lexists(folder / name) and not _is_ours(name)):
+            raise _foreign(commit)
+    return names
+
+
+def _removals(commit: Path) -> list[str]:
+    """What a commit lists; nothing but files of checkpoints can be meant."""
+    try:
+        with open(commit / _REMOVE, encoding="utf-8") as file:
+            found = json.loads(file.read(1 << 20))
+    except (FileNotFoundError, ValueError, RecursionError):
+        raise _foreign(commit) from None
+    if not isinstance(found, list) or not all(map(_is_ours, found)):
+        raise _foreign(commit)
+    return found
+
+
+def _foreign(commit: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{commit}: it is named like an interrupted write and is none of this package; remove it"
+    )
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -136,25 +212,59 @@ def _check_space(folder: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process that asks for it too moves files of `folder` while the block lasts.
+
+    Raises:
+        CheckpointError: another one does not come to an end.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        end = time.monotonic() + _PATIENCE
+        while not _locked(descriptor):
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"{folder}: another process has been writing it for {_PATIENCE} seconds; try "
+                    "again when it has ended"
+                )
+            time.sleep(0.005)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the lock is ours now; a file system without locks has it for everyone."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
     """A directory in `folder` for as long as the block lasts, locked as a sign of life."""
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=folder) as name:
-        lock = _lock(Path(name))
-        try:
-            yield Path(name)
-        finally:
-            if lock is not None:
-                os.close(lock)
+    with _alone(folder):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+        lock = _lock(path)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def _clear_leftovers(folder: Path) -> None:
     """Remove what a killed process left: workspaces that nobody holds a lock on."""
     for path in folder.glob(_PREFIX + "*"):
-        try:
-            young = time.time() - path.stat().st_mtime < _YOUNG  # not locked yet, perhaps
-        except OSError:
-            continue
-        lock = None if young else _lock(path)
+        lock = _lock(path)
         if lock is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
@@ -177,8 +287,11 @@ def _lock(path: Path) -> int | None:
 
 
 def _settle(path: Path) -> None:
-    """Flush a finished file to the disk, with the mode that the umask gives new files."""
-    if not path.is_file():
+    """Flush a finished file or directory to the disk; a file has the mode that the umask gives."""
+    if path.is_dir():
+        for inner in sorted(path.rglob("*")):
+            _flush(inner)
+        _flush(path)
         return
     probe = path.with_name(path.name + ".mode")
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -188,33 +301,33 @@ def _settle(path: Path) -> None:
     _flush(path)
 
 
-def _swap(folder: Path, commit: Path, old: Path, names: list[str]) -> None:
-    """Move `names` from `commit` into `folder` and what it lists out of it; undo it all if one
-    fails.
+def _swap(
+    folder: Path, commit: Path, names: list[str], remove: list[str], undo: list[tuple[Path, Path]]
+) -> None:
+    """Move `names` from `commit` into `folder` and `remove` out of it; `undo` lists what was moved.
+
+    config.json leaves first and comes last: a reader that knows nothing of commits finds no model
+    rather than a mix of two.
     """
-    remove = json.loads((commit / _REMOVE).read_text(encoding="utf-8"))
-    undo: list[tuple[Path, Path]] = []
-    try:
-        for name in names:
-            if os.path.lexists(folder / name):
-                _keep(folder / name, old / name)
-                undo.append((old / name, folder / name))
-            os.replace(commit / name, folder / name)
-            undo.append((folder / name, commit / name))
-        for name in remove:
-            if os.path.lexists(folder / name):
-                os.replace(folder / name, old / name)
-                undo.append((old / name, folder / name))
-    except BaseException:
-        for source, target in reversed(undo):
-            with contextlib.suppress(OSError):
-                os.replace(source, target)
-        shutil.rmtree(commit, ignore_errors=True)
-        raise
+    names = sorted(names, key=lambda name: (name == CONFIG_FILE, name))
+    first = [CONFIG_FILE] if names[-1:] == [CONFIG_FILE] and len(names) + len(remove) > 1 else []
+    old = commit / _OLD
+    for name in (*first, *remove):
+        if os.path.lexists(folder / name):
+            undo.append((old / name, folder / name))
+            _discard(old / name)
+            os.replace(folder / name, old / name)
+    for name in names:
+        if os.path.lexists(folder / name):
+            undo.append((old / name, folder / name))
+            _keep(folder / name, old / name)
+        undo.append((folder / name, commit / name))
+        os.replace(commit / name, folder / name)
 
 
 def _keep(target: Path, backup: Path) -> None:
     """A second name for what `target` holds; a directory cannot have two and is moved."""
+    _discard(backup)
     if target.is_dir() and not target.is_symlink():
         os.replace(target, backup)
         return
@@ -222,6 +335,14 @@ def _keep(target: Path, backup: Path) -> None:
         os.link(target, backup, follow_symlinks=False)
     except OSError:  # a file system without hard links
         shutil.copy2(target, backup, follow_symlinks=False)
+
+
+def _discard(path: Path) -> None:
+    """Remove what an earlier attempt at the same commit has put here."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -239,6 +360,7 @@ def write_safetensors(
     tensors: Tensors,
     progress: Callable[[int], object] = lambda size: None,
     metadata: Mapping[str, str] | None = None,
+    later: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write every tensor of `tensors` to `path`, one at a time.
 
@@ -250,6 +372,7 @@ def write_safetensors(
         tensors: what to write.
         progress: called with each tensor's bytes.
         metadata: further entries.
+        later: what these are when the tensors have been written; as long as they are now.
     """
     order = sorted(tensors.specs, key=lambda name: (-_itemsize(tensors, name), name))
     entries: dict[str, Any] = {}
@@ -259,22 +382,26 @@ def write_safetensors(
         start, end = end, end + math.prod(spec.shape) * _itemsize(tensors, name)
         place = {"shape": spec.shape, "data_offsets": [start, end]}
         entries[name] = {"dtype": CODES[spec.dtype], **place}
-    head = {**(metadata or {}), "format": "pt", CHECKSUM: "0" * 8}
-    size = len(_header(head, entries))
+    own = {"format": "pt", CHECKSUM: "0" * 8}
+    blank = _header({**(metadata or {}), **own}, entries)
     checksum = 0
     with open(path, "wb") as file:
-        file.seek(size)
+        file.write(blank)
         for name in order:
             spec = tensors.specs[name]
             array = np.ascontiguousarray(tensors.read(name), STORED[spec.dtype])
             if array.size != math.prod(spec.shape):
                 raise CheckpointError(f"{tensors.label!r}: {name} is not of the shape {spec.shape}")
             data = array.reshape(-1).view(np.uint8).data
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
+            for at in range(0, len(data), _BLOCK):
+                checksum = zlib.crc32(data[at : at + _BLOCK], checksum)
+                file.write(data[at : at + _BLOCK])
             progress(len(data))
+        own[CHECKSUM] = f"{checksum:08x}"
+        header = _header({**(later() if later else metadata or {}), **own}, entries)
+        assert len(header) == len(blank)
         file.seek(0)
-        file.write(_header({**head, CHECKSUM: f"{checksum:08x}"}, entries))
+        file.write(header)
 
 
 def _itemsize(tensors: Tensors, name: str) -> int:
@@ -282,10 +409,10 @@ def _itemsize(tensors: Tensors, name: str) -> int:
 
 
 def _header(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> bytes:
-    """The length, and the JSON padded to whole words."""
+    """The length, and the JSON padded so that the data can be used in place by every framework."""
     head = {"__metadata__": dict(sorted(metadata.items())), **entries}
     text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
+    text = text.ljust(-(-(8 + len(text)) // _ALIGNMENT) * _ALIGNMENT - 8)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -317,5 +444,6 @@ def write_folder(
             SAFETENSORS: lambda path: write_safetensors(path, tensors, progress),
             CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
         },
+        remove=[RECORD],  # it was of other weights
         size=total_bytes(tensors),
     )

@@ -48,7 +48,7 @@ def open_any(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that the options of `add_source` describe."""
     from visualbert.pretrained import open_checkpoint
 
-    source = getattr(args, "path", None) or args.src
+    source = args.path if "path" in args else args.src
     return open_checkpoint(source, revision=args.revision, config=args.config, **read_changes(args))
 
 
@@ -169,6 +169,9 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
 @contextlib.contextmanager
 def byte_progress(title: str, tensors: "Tensors") -> Iterator[Callable[[int], object]]:
     """A progress bar over the bytes of `tensors`, on standard error when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda size: None
+        return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from visualbert.checkpoint.tensors import total_bytes
@@ -180,7 +183,6 @@ def byte_progress(title: str, tensors: "Tensors") -> Iterator[Callable[[int], ob
         TransferSpeedColumn(),
         console=console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task(title, total=total_bytes(tensors))
         yield lambda size: progress.advance(task, size)

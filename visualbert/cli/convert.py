@@ -1,12 +1,12 @@
 """`visualbert convert`: from any family of files to the canonical folder or a framework's own."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "keras", "flax", "msgpack", "bin")
 RECORD = "conversion.json"
-_SHARDS = ("model-*-of-*.safetensors", "pytorch_model-*-of-*.bin")
+_BLOCK = 1 << 24  # bytes hashed at a time: large, since other threads hold Python's lock between
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -59,6 +59,65 @@ def register(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+class Digests:
+    """SHA-256 of files, taken in the background."""
+
+    def __init__(self) -> None:
+        self._found: dict[Path, Any] = {}
+
+    def start(self, paths: Iterable[Path]) -> None:
+        """Begin with those that have not been begun with."""
+        for path in paths:
+            if path not in self._found:
+                self._found[path] = _background(_digest, path)
+
+    def of(self, files: dict[str, Path]) -> dict[str, str]:
+        """The digest of each, when it is there."""
+        return {name: self._found[path].result() for name, path in files.items()}
+
+
+def _background(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The future result of a function; an exit does not wait for it."""
+    from concurrent.futures import Future
+
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    block = memoryview(bytearray(min(_BLOCK, path.stat().st_size + 1)))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            found.update(block[:size])
+    return found.hexdigest()
+
+
+def _likely_files(source: str) -> list[Path]:
+    """The one large file that will probably be read, so that hashing it can begin."""
+    names = ("", "model.safetensors", "pytorch_model.bin", "model.weights.h5", "flax_model.msgpack")
+    paths = [Path(source, name) for name in names]
+    return [path for path in paths if path.is_file()][:1]
+
+
+def _files(checkpoint: "Checkpoint") -> dict[str, Path]:
+    """Every file that a checkpoint is read from, those of a folder by their place in it."""
+    found: dict[str, Path] = {}
+    tops = (*checkpoint.files, *getattr(checkpoint.aside, "paths", ()))
+    for top in tops:
+        paths = sorted(p for p in top.rglob("*") if p.is_file()) if top.is_dir() else [top]
+        found |= {path.relative_to(top.parent).as_posix(): path for path in paths}
+    return found
+
+
 class Plan(NamedTuple):
     """What is going to be written."""
 
@@ -67,13 +126,15 @@ class Plan(NamedTuple):
     config: "VisualBertConfig"
     checkpoint: "Checkpoint"
     notes: dict[str, tuple[str, ...]]  # what was done -> to which tensors
-    digests: dict[str, str]  # SHA-256 of what was read
+    files: dict[str, Path]  # that were read, by the names under which they are recorded
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what became of every tensor."""
+    digests = Digests()
+    digests.start(_likely_files(args.src))  # while everything else is imported
     from visualbert.checkpoint.tensors import dtype_name
-    from visualbert.cli.common import console, megabytes, worded
+    from visualbert.cli.common import megabytes, worded
     from visualbert.schema import check_architecture
 
     dst = Path(args.dst)
@@ -82,28 +143,24 @@ def run(args: argparse.Namespace) -> int:
     if args.architecture is not None:
         check_architecture(args.architecture)
     largest = _shard_size(args)
-    held = _refuse_to_overwrite(dst, args.src, args.force)
+    _refuse_to_overwrite(dst, args.src, args.force)
     plan = _prepare(args)
-    size = write(dst, plan, args.to, held, largest, args.src)
-    out = console()
-    out.print(
-        f"{worded(args.src)} → {worded(str(dst))} ({args.to}): {plan.architecture}, "
+    _refuse_to_replace(dst, plan.files.values())
+    size = write(dst, plan, args, largest, digests)
+    lines = [
+        f"{args.src} → {dst} ({args.to}): {plan.architecture}, "
         f"{len(plan.tensors.specs)} tensors, {megabytes(size)}",
-        soft_wrap=True,
-        markup=False,
-    )
-    kind = f"{plan.checkpoint.family.title} ({plan.checkpoint.format})"
-    out.print(f"  read as: {kind}", soft_wrap=True, markup=False)
-    for note, names in plan.notes.items():
-        if names:
-            out.print(worded(f"  {note}: {', '.join(names)}"), soft_wrap=True, markup=False)
+        f"  read as: {plan.checkpoint.family.title} ({plan.checkpoint.format})",
+        *(f"  {note}: {', '.join(names)}" for note, names in plan.notes.items() if names),
+    ]
+    print("\n".join(map(worded, lines)))
     return 0
 
 
 def _shard_size(args: argparse.Namespace) -> int | None:
     if args.max_shard_size is None:
         return None
-    found = re.fullmatch(r"(\d{1,15})\s*([KMG]I?B)?", args.max_shard_size.strip().upper())
+    found = re.fullmatch(r"([0-9]{1,15})\s*([KMG]I?B)?", args.max_shard_size.strip().upper())
     size = int(found[1]) * _UNITS[found[2] or ""] if found else 0
     if size < 1:
         raise UsageError(f"--max-shard-size {args.max_shard_size!r} is not a size such as 200MB")
@@ -112,61 +169,80 @@ def _shard_size(args: argparse.Namespace) -> int | None:
     return size
 
 
-def _refuse_to_overwrite(dst: Path, src: str, force: bool) -> list[str]:
-    """The checkpoint files that `dst` holds and that may go."""
-    from visualbert.checkpoint.open import DETECTOR, NATIVE
-    from visualbert.checkpoint.read import INDEX, SAFETENSORS, TORCH
-    from visualbert.config import CONFIG_FILE
+def _refuse_to_overwrite(dst: Path, src: str, force: bool) -> None:
+    from visualbert.checkpoint.write import held_files
 
-    if dst.exists() and not dst.is_dir():
+    if os.path.lexists(dst) and not dst.is_dir():
         raise UsageError(f"{dst} is a file; DST must be a folder")
-    if dst.exists() and os.path.exists(src):
-        if dst.samefile(src):
+    if dst.exists() and (os.path.exists(src) or os.path.isfile(src + ".index")):
+        if os.path.isdir(src) and dst.samefile(src):
             raise UsageError(f"{dst} is the source itself; write to another folder")
-        if os.path.isfile(src) and dst.samefile(Path(src).absolute().parent):
+        if not os.path.isdir(src) and dst.samefile(Path(src).absolute().parent):
             raise UsageError(f"{dst} is the source's own folder; write to another one")
-    held = [CONFIG_FILE, SAFETENSORS, TORCH, SAFETENSORS + INDEX, TORCH + INDEX, *NATIVE]
-    found = [name for name in (*held, DETECTOR, RECORD) if os.path.lexists(dst / name)]
-    if found:
-        found += sorted(p.name for glob in _SHARDS for p in dst.glob(glob))
-    if found and not force:
-        raise UsageError(f"{dst} already holds {', '.join(found)}; pass --force to replace it")
-    return found
+    held = held_files(dst)
+    if held and not force:
+        raise UsageError(f"{dst} already holds {', '.join(held)}; pass --force to replace it")
+
+
+def _refuse_to_replace(dst: Path, files: Iterable[Path]) -> None:
+    """No file that is read, wherever a link to it leads, may be one that goes."""
+    from visualbert.checkpoint.write import held_files
+
+    held = {
+        os.path.realpath(dst / name) for name in held_files(dst) if not (dst / name).is_symlink()
+    }
+    for file in files:
+        real = os.path.realpath(file)
+        if any(real == name or real.startswith(name + os.sep) for name in held):
+            raise UsageError(f"{file} lies in {dst}, where it would be replaced; write elsewhere")
+
+
+def _open(args: argparse.Namespace) -> tuple["Checkpoint", str]:
+    """The checkpoint, and the class that it is or shall become."""
+    from visualbert.checkpoint.open import is_bert, open_bert
+    from visualbert.cli.common import choose_architecture, open_any, read_changes
+    from visualbert.errors import CheckpointError, ConfigError
+
+    try:
+        checkpoint = open_any(args)
+    except (CheckpointError, ConfigError):  # a BERT is none; nothing is unpacked twice to ask
+        if not is_bert(args.src, args.revision):
+            raise
+    else:
+        if args.visual_embedding_dim is not None:
+            raise UsageError(f"--visual-embedding-dim is for a BERT; {args.src} is a VisualBERT")
+        return checkpoint, choose_architecture(checkpoint, args.architecture)
+    if args.architecture is None:
+        raise UsageError(
+            f"{args.src} is a BERT; say with --architecture which VisualBERT it shall become"
+        )
+    width = args.visual_embedding_dim
+    changes = read_changes(args) | ({} if width is None else {"visual_embedding_dim": width})
+    bert = open_bert(
+        args.src,
+        args.architecture,
+        revision=args.revision,
+        config=args.config,
+        seed=args.seed,
+        **changes,
+    )
+    return bert, args.architecture
 
 
 def _prepare(args: argparse.Namespace) -> Plan:
     """Canonical tensors under canonical names, the config for them, and what to tell about them."""
     from visualbert.checkpoint.initial import InitialValues
     from visualbert.checkpoint.match import check_ties, match
-    from visualbert.checkpoint.open import is_bert, open_bert
     from visualbert.checkpoint.tensors import common_dtype, dtype_name
-    from visualbert.cli.common import choose_architecture, open_any, read_changes, verify_checksum
 
-    if is_bert(args.src, args.revision):
-        if args.architecture is None:
-            raise UsageError(
-                f"{args.src} is a BERT; say with --architecture which VisualBERT it shall become"
-            )
-        width = args.visual_embedding_dim
-        changes = read_changes(args) | ({} if width is None else {"visual_embedding_dim": width})
-        architecture = args.architecture
-        checkpoint = open_bert(
-            args.src, architecture, revision=args.revision, seed=args.seed, **changes
-        )
-    else:
-        if args.visual_embedding_dim is not None:
-            raise UsageError(f"--visual-embedding-dim is for a BERT; {args.src} is a VisualBERT")
-        checkpoint = open_any(args)
-        architecture = choose_architecture(checkpoint, args.architecture)
+    checkpoint, architecture = _open(args)
     config = checkpoint.config
-    with ThreadPoolExecutor(1) as pool:  # hashing lets go of Python's lock
-        digests = pool.submit(_digest, checkpoint.files)
-        verify_checksum(checkpoint)  # or damage would come out under a fresh checksum
     found = match(checkpoint.tensors, architecture, config, new_head=args.new_head)
     check_ties(checkpoint.tensors, found)
     notes = dict(checkpoint.notes)
     notes.setdefault("not needed", found.ignored)
     notes.setdefault("drawn anew", found.fresh)
+    notes["tied, kept once"] = tuple(sorted(found.ties))
     if checkpoint.aside is not None:
         notes["kept beside the model"] = tuple(checkpoint.aside.specs)
     chosen = dtype_name(args.dtype) if args.dtype else common_dtype(checkpoint.tensors)
@@ -177,7 +253,7 @@ def _prepare(args: argparse.Namespace) -> Plan:
     )
     if args.fingerprint is not None:
         notes["pooler"] = (_fingerprint(tensors, args.fingerprint),)
-    return Plan(architecture, tensors, config, checkpoint, notes, digests.result())
+    return Plan(architecture, tensors, config, checkpoint, notes, _files(checkpoint))
 
 
 def _fingerprint(tensors: "Canonical", source: str) -> str:
@@ -221,46 +297,81 @@ class Canonical:
 
 
 def write(
-    dst: Path, plan: Plan, to: str, remove: list[str], largest: int | None, source: str
+    dst: Path, plan: Plan, args: argparse.Namespace, largest: int | None, digests: Digests
 ) -> int:
-    """Write `plan` to `dst` in the format `to`, and `remove` what was there, all or nothing.
+    """Write `plan` to `dst`, and remove what was there, all or nothing.
+
+    What is read is compared with its checksum meanwhile, and hashed: the last file to be written
+    waits for both, so that damage never comes out under a fresh checksum.
 
     Returns:
         The bytes of the tensors.
     """
-    from visualbert.checkpoint.open import DETECTOR
+    from visualbert.checkpoint import torch_files
     from visualbert.checkpoint.tensors import total_bytes
-    from visualbert.checkpoint.write import replace_files, write_safetensors
-    from visualbert.cli.common import byte_progress, quiet_stderr
+    from visualbert.checkpoint.write import held_files, replace_files
+    from visualbert.cli.common import byte_progress, verify_checksum
+
+    digests.start(plan.files.values())
+    apart = plan.checkpoint.format != "torch" or getattr(torch_files, "VERIFIES_APART", False)
+    sound = _background(verify_checksum, plan.checkpoint)
+    if not apart:  # the reader has one position in its file
+        sound.result()
+
+    def record() -> dict[str, Any]:
+        return _record(plan, args.src, digests.of(plan.files))
+
+    def gone() -> list[str]:
+        held = held_files(dst)
+        if held and not args.force:  # another process was quicker
+            raise UsageError(f"{dst} already holds {', '.join(held)}; pass --force to replace it")
+        return held
+
+    def write_record(path: Path) -> None:
+        sound.result()
+        path.write_text(json.dumps(record(), indent=2) + "\n", encoding="utf-8")
+
+    aside = plan.checkpoint.aside
+    size = total_bytes(plan.tensors)
+    with byte_progress(f"writing {dst}", plan.tensors) as progress:
+        writers = _writers(plan, args, largest, progress, record)
+        writers[RECORD] = write_record
+        replace_files(dst, writers, gone, size + (total_bytes(aside) if aside else 0))
+    return size
+
+
+def _writers(
+    plan: Plan, args: argparse.Namespace, largest: int | None, progress: Any, record: Any
+) -> dict[str, Any]:
+    """Every file but the record, by name."""
+    from visualbert.checkpoint.open import DETECTOR
+    from visualbert.checkpoint.write import write_safetensors
     from visualbert.config import CONFIG_FILE
     from visualbert.schema import parameters
 
     config, aside = plan.config, plan.checkpoint.aside
-    record = _record(plan, source)
-    with byte_progress(f"writing {dst}", plan.tensors) as progress:
-        if to == "safetensors":
-            writers = _safetensors_writers(plan.tensors, largest, progress, _metadata(record))
-        else:
-            name, native = _native(to)
-            params = parameters(plan.architecture, config)
-            writers = {name: lambda path: native(path, plan.tensors, params, progress)}
-        if aside is not None:
-            writers[DETECTOR] = lambda path: write_safetensors(path, aside)
-        texts = {CONFIG_FILE: config.to_json_string(), RECORD: json.dumps(record, indent=2) + "\n"}
-        for name, text in texts.items():
-            writers[name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
-        size = total_bytes(plan.tensors)
-        with quiet_stderr() if to == "flax" else contextlib.nullcontext():
-            replace_files(dst, writers, remove, size + (total_bytes(aside) if aside else 0))
-    return size
+    if args.to == "safetensors":
+        blank = _record(plan, args.src, dict.fromkeys(plan.files, "0" * 64))
+        metadata = _metadata(blank), lambda: _metadata(record())
+        writers = _safetensors_writers(plan.tensors, largest, progress, *metadata)
+    else:
+        name, native = _native(args.to)
+        params = parameters(plan.architecture, config)
+        writers = {name: lambda path: native(path, plan.tensors, params, progress)}
+    if aside is not None:
+        writers[DETECTOR] = lambda path: write_safetensors(path, aside)
+    text = config.to_json_string()
+    writers[CONFIG_FILE] = lambda path: path.write_text(text, encoding="utf-8")
+    return writers
 
 
 def _native(to: str) -> tuple[str, Any]:
     """The file of a format, and the function that writes it."""
-    from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, write_msgpack, write_orbax
+    from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, write_msgpack
     from visualbert.checkpoint.keras_files import KERAS, write_keras
+    from visualbert.checkpoint.orbax_write import write_orbax
     from visualbert.checkpoint.read import TORCH
-    from visualbert.checkpoint.torch_files import write_torch
+    from visualbert.checkpoint.torch_write import write_torch
 
     return {
         "keras": (KERAS, write_keras),
@@ -271,7 +382,11 @@ def _native(to: str) -> tuple[str, Any]:
 
 
 def _safetensors_writers(
-    tensors: Canonical, largest: int | None, progress: Any, metadata: dict[str, str]
+    tensors: Canonical,
+    largest: int | None,
+    progress: Any,
+    metadata: dict[str, str],
+    later: Callable[[], dict[str, str]],
 ) -> dict[str, Any]:
     """One file, or several and their index."""
     from visualbert.checkpoint.read import INDEX, SAFETENSORS
@@ -280,12 +395,14 @@ def _safetensors_writers(
 
     groups = shards(tensors, largest) if largest else [list(tensors.specs)]
     if len(groups) == 1:
-        return {SAFETENSORS: lambda path: write_safetensors(path, tensors, progress, metadata)}
+        return {
+            SAFETENSORS: lambda path: write_safetensors(path, tensors, progress, metadata, later)
+        }
     stem = SAFETENSORS.removesuffix(".safetensors")
     names = [f"{stem}-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
     writers: dict[str, Any] = {
         name: lambda path, group=group: write_safetensors(
-            path, Selected(tensors, group), progress, metadata
+            path, Selected(tensors, group), progress, metadata, later
         )
         for name, group in zip(names, groups, strict=True)
     }
@@ -296,7 +413,7 @@ def _safetensors_writers(
     return writers
 
 
-def _record(plan: Plan, source: str) -> dict[str, Any]:
+def _record(plan: Plan, source: str, digests: dict[str, str]) -> dict[str, Any]:
     """Where a folder came from: what conversion.json holds."""
     from visualbert import __version__
 
@@ -304,7 +421,7 @@ def _record(plan: Plan, source: str) -> dict[str, Any]:
         "source": source,
         "family": plan.checkpoint.family.title,
         "format": plan.checkpoint.format,
-        "sha256": plan.digests,
+        "sha256": digests,
         "tool": f"visualbert {__version__}",
         "architecture": plan.architecture,
         "dtype": plan.tensors.dtype,
@@ -318,15 +435,3 @@ def _metadata(record: dict[str, Any]) -> dict[str, str]:
         f"conversion.{name}": value if isinstance(value, str) else json.dumps(value)
         for name, value in record.items()
     }
-
-
-def _digest(files: tuple[Path, ...]) -> dict[str, str]:
-    """SHA-256 of every file, those of a folder by their place in it."""
-    found = {}
-    for top in files:
-        paths = sorted(p for p in top.rglob("*") if p.is_file()) if top.is_dir() else [top]
-        for path in paths:
-            with open(path, "rb") as file:
-                name = path.relative_to(top.parent).as_posix()
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found

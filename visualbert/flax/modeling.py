@@ -949,7 +949,7 @@ class Keys:
         """A new stream."""
         if self.given is not None:
             return self.given["dropout"].fork()
-        words = self.drawn.integers(2**32, size=2, dtype=np.uint32)
+        words: Any = self.drawn.integers(2**32, size=2, dtype=np.uint32)
         return nnx.RngStream(jax.random.wrap_key_data(words, impl="threefry2x32"), tag="dropout")
 
 
