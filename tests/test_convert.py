@@ -264,7 +264,9 @@ def test_killed_before_every_step(case, runner):
     numbers = sorted({*important, *after, *range(1, last, 6)})
     for number in numbers:
         reset()
-        assert runner(*arguments, target=str(target), at=number) == -9
+        if runner(*arguments, target=str(target), at=number) == 0:  # Orbax's files are not counted
+            assert number > len(runner.steps[0])
+            continue
         waits = any(name.startswith(".commit-") for name in hidden(target))
         pending += waits
         if (target / "config.json").exists():

@@ -7,7 +7,6 @@ each mapping lasts as long as its array.
 import json
 import os
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from visualbert.checkpoint.mapped import MOST_ENTRIES
+from visualbert.checkpoint.pieces import crc_of
 from visualbert.checkpoint.tensors import STORED, Spec, check_spec
 from visualbert.checkpoint.torch_files import TorchFiles
 from visualbert.config import read_json_object
@@ -104,12 +104,9 @@ class SafetensorsFiles:
 
 def _crc(path: Path, start: int) -> str:
     """The CRC-32 of all that follows the header."""
-    value = 0
     with open(path, "rb") as file:
-        file.seek(start)
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return f"{value:08x}"
+        size = os.fstat(file.fileno()).st_size
+        return f"{crc_of(file, start, size - start):08x}"
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -9,7 +9,6 @@ against them before an array is made. Formats: torch/serialization.py and torch/
 import io
 import itertools
 import math
-import os
 import struct
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ import numpy as np
 
 from visualbert.checkpoint import pickles
 from visualbert.checkpoint.mapped import open_file
+from visualbert.checkpoint.pieces import crc_of
 from visualbert.checkpoint.tensors import STORED, Spec, check_spec
 from visualbert.errors import CheckpointError
 
@@ -30,7 +30,6 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
 _MOST_AXES = 32
 _MOST_INDEX = 1 << 22  # bytes of a zip's directory
-VERIFIES_APART = hasattr(os, "pread")  # beside whoever reads tensors
 _EXPANDED = 1 << 26  # bytes that a view may have although its file is smaller
 
 _STORAGES = {
@@ -232,7 +231,7 @@ class TorchFile:
     value: Any
     places: dict[str, int] = field(default_factory=dict)  # storage -> first byte
     swapped: bool = False  # written on a machine of the other byte order
-    checked: bool = False  # carries a checksum of every part
+    sums: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # start, bytes, CRC-32
 
     def read(self, tensor: TorchTensor) -> np.ndarray:
         """The array behind `tensor`: mapped copy-on-write where it is contiguous."""
@@ -300,7 +299,7 @@ def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise pickles.Refused("a program: it is a TorchScript archive")
         members = _members(archive, file)
-        sums = {info.filename: info.CRC for info in archive.infolist()}
+        sums = {i.filename: (*members[i.filename], i.CRC) for i in archive.infolist()}
     indices = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(indices) != 1:
         raise pickles.Broken("it is a zip archive without torch's data.pkl")
@@ -327,11 +326,12 @@ def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
 
     file.seek(start)
     index = file.read(size)
-    checked = any(sums.values())  # all are zero after torch.serialization.set_crc32_options(False)
-    if checked and zlib.crc32(index) != sums[indices[0]]:
+    if not any(crc for _, _, crc in sums.values()):  # torch.serialization.set_crc32_options(False)
+        sums = {}
+    elif zlib.crc32(index) != sums[indices[0]][2]:
         raise pickles.Broken("its index is not what was written: the CRC-32 differs")
     value = pickles.load(io.BytesIO(index), _TABLE, storage, _BESIDE)
-    return TorchFile(path, file, value, places, order == b"big", checked)
+    return TorchFile(path, file, value, places, order == b"big", sums)
 
 
 class _Bounded:
@@ -478,9 +478,8 @@ class TorchFiles:
         """
         opened = {id(file): file for file, _ in self._tensors.values()}.values()
         for one in opened:
-            if one.checked:
-                _test_archive(one)
-        return all(one.checked for one in opened)
+            _test_archive(one)
+        return all(one.sums for one in opened)
 
 
 # Where a training program keeps the weights among its other state.
@@ -520,38 +519,11 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], TorchTensor)
 
 
-class _Apart(io.RawIOBase):
-    """A file at a position of its own, so that it can be read while others read it too."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._descriptor, self._at = file.fileno(), 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        size = os.fstat(self._descriptor).st_size
-        self._at = offset + (0, self._at, size)[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        data = os.pread(self._descriptor, size if size >= 0 else _MOST_INDEX, self._at)
-        self._at += len(data)
-        return data
-
-
 def _test_archive(opened: TorchFile) -> None:
-    """Compare every member with its CRC-32."""
-    try:
-        with zipfile.ZipFile(_Apart(opened.file)) as archive:  # type: ignore[arg-type]
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        damaged = str(error)
-    if damaged:
-        raise CheckpointError(
-            f"{opened.path}: the data has changed since it was written (CRC-32 of {damaged}); "
-            "fetch or convert the checkpoint again"
-        )
+    """Compare every member with its CRC-32, beside whoever reads tensors."""
+    for name, (start, size, recorded) in opened.sums.items():
+        if crc_of(opened.file, start, size) != recorded:
+            raise CheckpointError(
+                f"{opened.path}: the data has changed since it was written (CRC-32 of {name}); "
+                "fetch or convert the checkpoint again"
+            )

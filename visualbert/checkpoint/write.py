@@ -19,9 +19,11 @@ import struct
 import tempfile
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -40,7 +42,9 @@ _COMMITTED = ".commit-"
 _REMOVE = ".remove.json"  # in a commit: names that go
 _OLD = ".old"  # in a commit: what went
 _PATIENCE = 60  # seconds
-_BLOCK = 1 << 20  # bytes that are still in the processor's cache when they are written
+_BLOCK = 1 << 20  # bytes
+_AHEAD = 16  # blocks whose checksum is still to come
+_FLUSHED = 1 << 26  # bytes at a time
 RECORD = "conversion.json"
 _OURS = re.compile(  # the files of a checkpoint in any format
     r"(config|conversion)\.json|model\.weights\.h5|flax_model\.msgpack|orbax|"
@@ -384,8 +388,7 @@ def write_safetensors(
         entries[name] = {"dtype": CODES[spec.dtype], **place}
     own = {"format": "pt", CHECKSUM: "0" * 8}
     blank = _header({**(metadata or {}), **own}, entries)
-    checksum = 0
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, _Beside(file) as beside:
         file.write(blank)
         for name in order:
             spec = tensors.specs[name]
@@ -394,14 +397,61 @@ def write_safetensors(
                 raise CheckpointError(f"{tensors.label!r}: {name} is not of the shape {spec.shape}")
             data = array.reshape(-1).view(np.uint8).data
             for at in range(0, len(data), _BLOCK):
-                checksum = zlib.crc32(data[at : at + _BLOCK], checksum)
+                beside.take(data[at : at + _BLOCK])
                 file.write(data[at : at + _BLOCK])
             progress(len(data))
-        own[CHECKSUM] = f"{checksum:08x}"
+        own[CHECKSUM] = f"{beside.checksum():08x}"
         header = _header({**(later() if later else metadata or {}), **own}, entries)
         assert len(header) == len(blank)
         file.seek(0)
         file.write(header)
+
+
+class _Beside:
+    """What need not hold up writing, done beside it: the checksum, and the way to the disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._adder, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._sums: deque[Future[None]] = deque()
+        self._flush: Future[None] | None = None
+        self._checksum = self._written = 0
+
+    def __enter__(self) -> "_Beside":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._adder.shutdown()
+        self._flusher.shutdown()
+
+    def take(self, data: memoryview) -> None:
+        """Add `data` to the checksum, and begin to flush what was written before it."""
+        if len(self._sums) >= _AHEAD:
+            self._sums.popleft().result()
+        self._sums.append(self._adder.submit(self._add, data))
+        if self._written >= _FLUSHED and (self._flush is None or self._flush.done()):
+            self._settle()
+            self._flush = self._flusher.submit(os.fsync, self._file.fileno())
+            self._written = 0
+        self._written += len(data)
+
+    def _add(self, data: memoryview) -> None:
+        self._checksum = zlib.crc32(data, self._checksum)
+
+    def _settle(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
+
+    def checksum(self) -> int:
+        """The CRC-32 of all that was taken.
+
+        Raises:
+            OSError: a part could not be flushed.
+        """
+        while self._sums:
+            self._sums.popleft().result()
+        self._settle()
+        return self._checksum
 
 
 def _itemsize(tensors: Tensors, name: str) -> int:

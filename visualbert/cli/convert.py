@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "keras", "flax", "msgpack", "bin")
 RECORD = "conversion.json"
-_BLOCK = 1 << 24  # bytes hashed at a time: large, since other threads hold Python's lock between
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -69,7 +68,9 @@ class Digests:
         """Begin with those that have not been begun with."""
         for path in paths:
             if path not in self._found:
-                self._found[path] = _background(_digest, path)
+                begun = threading.Event()
+                self._found[path] = _background(_digest, path, begun)
+                begun.wait(1)  # or importing would keep Python's lock from it
 
     def of(self, files: dict[str, Path]) -> dict[str, str]:
         """The digest of each, when it is there."""
@@ -92,12 +93,14 @@ def _background(function: Callable[..., Any], *arguments: Any) -> Any:
     return future
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, begun: threading.Event) -> str:
+    from visualbert.checkpoint.pieces import pieces
+
     found = hashlib.sha256()
-    block = memoryview(bytearray(min(_BLOCK, path.stat().st_size + 1)))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            found.update(block[:size])
+    with open(path, "rb") as file:
+        begun.set()
+        for piece in pieces(file, 0, os.fstat(file.fileno()).st_size):
+            found.update(piece)
     return found.hexdigest()
 
 
@@ -307,16 +310,12 @@ def write(
     Returns:
         The bytes of the tensors.
     """
-    from visualbert.checkpoint import torch_files
     from visualbert.checkpoint.tensors import total_bytes
     from visualbert.checkpoint.write import held_files, replace_files
     from visualbert.cli.common import byte_progress, verify_checksum
 
     digests.start(plan.files.values())
-    apart = plan.checkpoint.format != "torch" or getattr(torch_files, "VERIFIES_APART", False)
     sound = _background(verify_checksum, plan.checkpoint)
-    if not apart:  # the reader has one position in its file
-        sound.result()
 
     def record() -> dict[str, Any]:
         return _record(plan, args.src, digests.of(plan.files))
