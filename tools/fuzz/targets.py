@@ -56,13 +56,13 @@ def _safetensors_seeds() -> Iterator[bytes]:
     yield _written(lambda path, tensors, *_: write_safetensors(path, tensors))
 
 
-def _torch(**options: Any) -> bytes:
+def _torch(summed: bool = True, **options: Any) -> bytes:
     import torch
 
     tensors, _ = _tensors(num_hidden_layers=0)
     state = {name: torch.from_numpy(tensors.read(name)) for name in tensors.specs}
     file = io.BytesIO()
-    torch.serialization.set_crc32_options(False)  # or every mutation would end at the checksum
+    torch.serialization.set_crc32_options(summed)  # with it, every mutation ends at the checksum
     torch.save({"model": state, "epoch": 3}, file, **options)
     return file.getvalue()
 
@@ -283,7 +283,7 @@ def _index(folder: Path, data: bytes) -> None:
 
 TARGETS: dict[str, tuple[Callable[[Path, bytes], None], Callable[[], Iterator[bytes]]]] = {
     "safetensors": (_file("x.safetensors"), _safetensors_seeds),
-    "torch-zip": (_file("x.pth"), lambda: iter([_torch()])),
+    "torch-zip": (_file("x.pth"), lambda: iter([_torch(summed=False), _torch()])),
     "torch-stream": (
         _file("x.th"),
         lambda: iter([_torch(_use_new_zipfile_serialization=False)]),
