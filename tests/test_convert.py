@@ -773,6 +773,30 @@ def test_damage_is_not_written_anew(new, runner, tmp_path):
             assert not (tmp_path / "out").exists()
 
 
+def test_damage_anywhere_in_a_bin(new, runner, tmp_path):
+    """Writing safetensors compares each tensor that it writes, reading all the others."""
+    source, target = tmp_path / "source", tmp_path / "out"
+    assert runner("convert", new, source, "--to", "bin") == 0
+    whole = (source / BIN).read_bytes()
+    tensors = open_checkpoint(source).tensors
+    names = [name for name in tensors.specs if tensors.recorded(name) is not None]
+    assert len(names) == len(tensors.specs)
+    places = {name: whole.find(tensors.read(name).tobytes()) for name in names[:: len(names) // 6]}
+    assert min(places.values()) > 0
+    for number, (name, at) in enumerate(places.items()):
+        damaged = bytearray(whole)
+        damaged[at + 1] ^= 16
+        (source / BIN).write_bytes(damaged)
+        for options in ((), SHARDED, ("--new-head",), ("--dtype", "float16"))[number % 2 :: 2]:
+            text = refused(runner, source, target, *options)
+            assert "the data has changed since it was written (CRC-32 of " in text
+            assert not target.exists()
+            assert name in text or options[-1:] == ("float16",) or "archive/data/" in text
+    (source / BIN).write_bytes(whole)
+    assert runner("convert", source, target, *SHARDED) == 0
+    assert not differing_bits(read_weights(target), read_weights(new))
+
+
 MEASURED = """
 import sys
 from visualbert.cli import main

@@ -6,7 +6,7 @@ changes nothing. Sizes and the task head are then read off the shapes, through t
 `visualbert.schema`. Sources: uclanlp/visualbert, mmf/models/visual_bert.py, google-research/bert.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -188,10 +188,19 @@ class Renamed:
         array = self._tensors.read(self.names[name])
         return np.ascontiguousarray(array.T) if name in self._transposed else array
 
-    def verify_checksum(self) -> bool:
+    def recorded(self, name: str) -> int | None:
+        """As that of the file, where it records one of the same bytes."""
+        if name in self._transposed or not hasattr(self._tensors, "recorded"):
+            return None
+        return self._tensors.recorded(self.names[name])
+
+    def verify_checksum(self, besides: Collection[str] = ()) -> bool:
         """As that of the file, where it has one."""
-        check = getattr(self._tensors, "verify_checksum", None)
-        return check is not None and check()
+        if not hasattr(self._tensors, "verify_checksum"):
+            return False
+        if not besides:
+            return self._tensors.verify_checksum()
+        return self._tensors.verify_checksum([self.names[name] for name in besides])
 
 
 class Rewritten(NamedTuple):

@@ -1,11 +1,16 @@
-"""Parts of files, mapped piece by piece, for whoever has to look at every byte once."""
+"""Parts of files, mapped piece by piece, for whoever has to look at every byte once; and CRC-32s of
+what follows one another.
+"""
 
 import mmap
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from typing import BinaryIO
 
 _PIECE = 1 << 26
+_POLYNOMIAL = 0xEDB88320  # of CRC-32, its highest power at the lowest bit
+_ONE = 1 << 31
 
 
 def pieces(file: BinaryIO, start: int, size: int) -> Iterator[memoryview]:
@@ -32,3 +37,32 @@ def crc_of(file: BinaryIO, start: int, size: int) -> int:
     for piece in pieces(file, start, size):
         value = zlib.crc32(piece, value)
     return value
+
+
+def joined(first: int, second: int, size: int) -> int:
+    """The CRC-32 of two runs of bytes, from those of each; `size` bytes are in the second.
+
+    Source: `crc32_combine` of zlib.
+    """
+    return _product(_power(size), first) ^ second
+
+
+@cache
+def _power(size: int) -> int:
+    """x to the power of 8 · `size`, modulo the polynomial."""
+    result, square = _ONE, _ONE >> 8
+    while size:
+        if size & 1:
+            result = _product(square, result)
+        square, size = _product(square, square), size >> 1
+    return result
+
+
+def _product(a: int, b: int) -> int:
+    """The product of two polynomials modulo the polynomial."""
+    result = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            result ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return result

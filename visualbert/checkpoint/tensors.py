@@ -108,6 +108,7 @@ class Selected:
         self.label = tensors.label
         self.specs = {name: tensors.specs[name] for name in names}
         self.read = tensors.read
+        self.recorded = getattr(tensors, "recorded", lambda name: None)
 
 
 def dtype_name(dtype: object) -> str:

@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -75,6 +75,15 @@ class TorchTensor:
     offset: int  # bytes into the storage
     shape: tuple[int, ...]
     strides: tuple[int, ...]  # bytes
+
+    def is_run_of(self, size: int) -> bool:
+        """Whether its elements in order are `size` bytes that follow one another."""
+        step = self.dtype.itemsize
+        for length, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if length > 1 and stride != step:
+                return False
+            step *= length
+        return step == size
 
 
 def _natural(value: Any) -> int:
@@ -231,14 +240,19 @@ class TorchFile:
     value: Any
     places: dict[str, int] = field(default_factory=dict)  # storage -> first byte
     swapped: bool = False  # written on a machine of the other byte order
-    sums: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # start, bytes, CRC-32
+    # What starts at a byte: member, bytes, CRC-32.
+    sums: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+
+    def start_of(self, tensor: TorchTensor) -> int:
+        """The byte of the file at which a tensor starts."""
+        return self.places[tensor.storage.key] + tensor.storage.start + tensor.offset
 
     def read(self, tensor: TorchTensor) -> np.ndarray:
         """The array behind `tensor`: mapped copy-on-write where it is contiguous."""
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, tensor.dtype)
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
-        start = self.places[tensor.storage.key] + tensor.storage.start + tensor.offset
+        start = self.start_of(tensor)
         try:
             data = np.memmap(self.file, np.uint8, "c", start, (reach + tensor.dtype.itemsize,))
         except (OSError, ValueError) as error:
@@ -299,7 +313,10 @@ def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
         if any(name.endswith("/constants.pkl") for name in archive.namelist()):
             raise pickles.Refused("a program: it is a TorchScript archive")
         members = _members(archive, file)
-        sums = {i.filename: (*members[i.filename], i.CRC) for i in archive.infolist()}
+        sums = {
+            members[i.filename][0]: (*(i.filename, members[i.filename][1]), i.CRC)
+            for i in archive.infolist()
+        }
     indices = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(indices) != 1:
         raise pickles.Broken("it is a zip archive without torch's data.pkl")
@@ -328,7 +345,7 @@ def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
     index = file.read(size)
     if not any(crc for _, _, crc in sums.values()):  # torch.serialization.set_crc32_options(False)
         sums = {}
-    elif zlib.crc32(index) != sums[indices[0]][2]:
+    elif zlib.crc32(index) != sums[start][2]:
         raise pickles.Broken("its index is not what was written: the CRC-32 differs")
     value = pickles.load(io.BytesIO(index), _TABLE, storage, _BESIDE)
     return TorchFile(path, file, value, places, order == b"big", sums)
@@ -470,15 +487,25 @@ class TorchFiles:
         opened, tensor = self._tensors[name]
         return opened.read(tensor)
 
-    def verify_checksum(self) -> bool:
+    def recorded(self, name: str) -> int | None:
+        """The CRC-32 of a tensor's bytes, where the file records it: of a whole storage."""
+        opened, tensor = self._tensors[name]
+        _, size, recorded = opened.sums.get(opened.start_of(tensor), ("", -1, 0))
+        return recorded if tensor.is_run_of(size) and not opened.swapped else None
+
+    def verify_checksum(self, besides: Collection[str] = ()) -> bool:
         """Compare the data with the checksums of torch's zip files; False where there are none.
+
+        Args:
+            besides: tensors that somebody else compares with what is `recorded` of them.
 
         Raises:
             CheckpointError: the data is not what was written.
         """
+        seen = {self._tensors[name][0].start_of(self._tensors[name][1]) for name in besides}
         opened = {id(file): file for file, _ in self._tensors.values()}.values()
         for one in opened:
-            _test_archive(one)
+            _test_archive(one, seen if len(opened) == 1 else frozenset())
         return all(one.sums for one in opened)
 
 
@@ -519,10 +546,10 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], TorchTensor)
 
 
-def _test_archive(opened: TorchFile) -> None:
+def _test_archive(opened: TorchFile, besides: Collection[int]) -> None:
     """Compare every member with its CRC-32, beside whoever reads tensors."""
-    for name, (start, size, recorded) in opened.sums.items():
-        if crc_of(opened.file, start, size) != recorded:
+    for start, (name, size, recorded) in opened.sums.items():
+        if start not in besides and crc_of(opened.file, start, size) != recorded:
             raise CheckpointError(
                 f"{opened.path}: the data has changed since it was written (CRC-32 of {name}); "
                 "fetch or convert the checkpoint again"

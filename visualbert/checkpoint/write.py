@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from visualbert.checkpoint.pieces import joined
 from visualbert.checkpoint.read import CHECKSUM, CODES, SAFETENSORS
 from visualbert.checkpoint.tensors import STORED, Tensors, total_bytes
 from visualbert.config import CONFIG_FILE, VisualBertConfig
@@ -388,7 +389,8 @@ def write_safetensors(
         entries[name] = {"dtype": CODES[spec.dtype], **place}
     own = {"format": "pt", CHECKSUM: "0" * 8}
     blank = _header({**(metadata or {}), **own}, entries)
-    with open(path, "wb") as file, _Beside(file) as beside:
+    recorded = getattr(tensors, "recorded", lambda name: None)
+    with open(path, "wb") as file, _Beside(file, tensors.label) as beside:
         file.write(blank)
         for name in order:
             spec = tensors.specs[name]
@@ -399,6 +401,7 @@ def write_safetensors(
             for at in range(0, len(data), _BLOCK):
                 beside.take(data[at : at + _BLOCK])
                 file.write(data[at : at + _BLOCK])
+            beside.end(name, recorded(name))
             progress(len(data))
         own[CHECKSUM] = f"{beside.checksum():08x}"
         header = _header({**(later() if later else metadata or {}), **own}, entries)
@@ -410,12 +413,13 @@ def write_safetensors(
 class _Beside:
     """What need not hold up writing, done beside it: the checksum, and the way to the disk."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, label: str) -> None:
+        self._file, self._label = file, label
         self._adder, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._sums: deque[Future[None]] = deque()
         self._flush: Future[None] | None = None
-        self._checksum = self._written = 0
+        self._whole = self._part = self._size = 0  # CRC-32s, and the bytes in the part
+        self._written = 0
 
     def __enter__(self) -> "_Beside":
         return self
@@ -435,8 +439,22 @@ class _Beside:
             self._written = 0
         self._written += len(data)
 
+    def end(self, name: str, recorded: int | None) -> None:
+        """A tensor is whole; its source records this CRC-32 of it, if any."""
+        self._sums.append(self._adder.submit(self._end, name, recorded))
+
     def _add(self, data: memoryview) -> None:
-        self._checksum = zlib.crc32(data, self._checksum)
+        self._part = zlib.crc32(data, self._part)
+        self._size += len(data)
+
+    def _end(self, name: str, recorded: int | None) -> None:
+        if recorded not in (None, self._part):
+            raise CheckpointError(
+                f"{self._label}: the data has changed since it was written (CRC-32 of {name}); "
+                "fetch or convert the checkpoint again"
+            )
+        self._whole = joined(self._whole, self._part, self._size)
+        self._part = self._size = 0
 
     def _settle(self) -> None:
         if self._flush is not None:
@@ -447,11 +465,12 @@ class _Beside:
 
         Raises:
             OSError: a part could not be flushed.
+            CheckpointError: a tensor is not what its source records.
         """
         while self._sums:
             self._sums.popleft().result()
         self._settle()
-        return self._checksum
+        return self._whole
 
 
 def _itemsize(tensors: Tensors, name: str) -> int:

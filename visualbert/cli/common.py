@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from visualbert.errors import UsageError
@@ -114,15 +114,19 @@ def quiet_stderr(unless: type[BaseException] | tuple[()] = ()) -> Iterator[None]
             os.close(terminal)
 
 
-def verify_checksum(checkpoint: "Checkpoint") -> None:
+def verify_checksum(checkpoint: "Checkpoint", besides: Collection[str] = ()) -> None:
     """Compare a checkpoint's data with its checksum, if its format has one.
+
+    Args:
+        checkpoint: what is read.
+        besides: tensors that somebody else compares.
 
     Raises:
         CheckpointError: they differ.
     """
     check = getattr(checkpoint.tensors, "verify_checksum", None)
     if check is not None:
-        check()
+        check(*([besides] if besides else ()))
 
 
 def worded(message: str) -> str:

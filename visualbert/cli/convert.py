@@ -288,7 +288,9 @@ class Canonical:
 
         self.label = tensors.label
         self.dtype = dtype
-        self._tensors, self._found, self._fresh = tensors, found, fresh
+        self._tensors: Any = tensors
+        self._records = hasattr(tensors, "recorded")
+        self._found, self._fresh = found, fresh
         self.specs = {name: Spec(spec.shape, dtype) for name, spec in fresh.specs.items()}
 
     def read(self, name: str) -> "np.ndarray":
@@ -297,6 +299,16 @@ class Canonical:
         source = self._found.sources.get(name)
         array = self._fresh.read(name) if source is None else self._tensors.read(source)
         return cast(array, self.dtype)
+
+    def recorded(self, name: str) -> int | None:
+        """The CRC-32 of what `read` gives, where the source records it."""
+        source = self._found.sources.get(name)
+        known = source is not None and self._tensors.specs[source].dtype == self.dtype
+        return self._tensors.recorded(source) if known and self._records else None
+
+    def compared(self) -> list[str]:
+        """The source's tensors that whoever writes safetensors compares with their CRC-32."""
+        return [s for name, s in self._found.sources.items() if self.recorded(name) is not None]
 
 
 def write(
@@ -315,7 +327,8 @@ def write(
     from visualbert.cli.common import byte_progress, verify_checksum
 
     digests.start(plan.files.values())
-    sound = _background(verify_checksum, plan.checkpoint)
+    besides = plan.tensors.compared() if args.to == "safetensors" else ()
+    sound = _background(verify_checksum, plan.checkpoint, besides)
 
     def record() -> dict[str, Any]:
         return _record(plan, args.src, digests.of(plan.files))
