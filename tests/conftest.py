@@ -1,4 +1,14 @@
-"""Prints, after the tests, how far each framework is from the original authors' numbers."""
+"""Lets the tests be interrupted; prints, after them, how far each framework is from the original
+authors' numbers.
+"""
+
+import signal
+
+
+def pytest_configure():
+    """A shell's background jobs ignore Ctrl-C, and so would what the tests interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter):
