@@ -4,11 +4,33 @@ authors' numbers.
 
 import signal
 
+import pytest
+
+from visualbert.cli import main
+
 
 def pytest_configure():
     """A shell's background jobs ignore Ctrl-C, and so would what the tests interrupt."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Runs a command in this process: exit status, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "160")  # pytest-xdist sets its own
+
+    def call(*arguments):
+        capfd.readouterr()
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return status, out, err
+
+    return call
 
 
 def pytest_terminal_summary(terminalreporter):

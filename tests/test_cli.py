@@ -19,7 +19,6 @@ from visualbert import __version__
 from visualbert.checkpoint.read import read_weights
 from visualbert.checkpoint.tensors import ArrayTensors, cast
 from visualbert.checkpoint.write import write_folder
-from visualbert.cli import main
 from visualbert.parity import CASES, differing_bits, make_inputs
 
 BODY = "VisualBertModel"
@@ -43,24 +42,6 @@ def checkpoint(folder, architecture=ANSWERS, dtype="float32", config=CONFIG, **r
 @pytest.fixture
 def source(tmp_path):
     return checkpoint(tmp_path / "source")
-
-
-@pytest.fixture
-def run(capfd, monkeypatch):
-    """Runs a command in this process: exit status, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "160")  # pytest-xdist sets its own
-
-    def call(*arguments):
-        capfd.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        out, err = capfd.readouterr()
-        assert "Traceback" not in out + err
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture

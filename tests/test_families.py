@@ -58,23 +58,6 @@ BODY, PRETRAINING, CHOICE, ANSWERS, REASONING, PHRASES = ARCHITECTURES
 SET = ["--set", "num_attention_heads=3"]
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Runs a command in this process: exit status, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
 def refused(function, *args, error=CheckpointError, **kwargs):
     with pytest.raises(error) as caught:
         function(*args, **kwargs)

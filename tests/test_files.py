@@ -26,7 +26,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import BACKENDS, make_model, random_tensors, tiny_config
+from tiny import BACKENDS, make_model, random_tensors, read_all, same, tiny_config
 
 from visualbert import CheckpointError, ConfigError, VisualBertError, get_backend
 from visualbert.checkpoint import write as writing
@@ -78,17 +78,6 @@ def refused(function, *args, error=CheckpointError, lines=1, **kwargs):
     text = str(caught.value)
     assert len(text.splitlines()) == lines, text
     return text
-
-
-def read_all(tensors):
-    return {name: tensors.read(name) for name in tensors.specs}
-
-
-def same(found, expected):
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
-        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
 def load_whole(folder):

@@ -10,7 +10,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import make_model, random_tensors, tiny_config
+from tiny import make_model, random_tensors, read_all, same, tiny_config
 
 from visualbert import CheckpointError, get_backend
 from visualbert.checkpoint.flax_files import MsgpackFile, OrbaxFolder, write_msgpack
@@ -45,17 +45,6 @@ def make(architecture, head="linear", late=False, dtype="float32", **changes):
 def model_of(backend, architecture, config, arrays, dtype):
     tensors = ArrayTensors("arrays", arrays)
     return make_model(backend, architecture, config, dtype, tensors)
-
-
-def read_all(tensors):
-    return {name: tensors.read(name) for name in tensors.specs}
-
-
-def same(found, expected):
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
-        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
 def weights_of(backend, model):

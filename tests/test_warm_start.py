@@ -205,22 +205,6 @@ def test_regions_start_where_text_does(sources):
     )
 
 
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = main([str(a) for a in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
 @pytest.mark.parametrize("kind", ["today", "no type", "google", "google prefix"])
 def test_convert(kind, run, bert, sources, expected, tmp_path):
     source = sources[kind]

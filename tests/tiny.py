@@ -40,3 +40,16 @@ def make_model(backend, architecture, config, dtype="float32", tensors=None):
     model = backend.create(architecture, config, dtype)
     fill(backend, model, tensors or random_tensors(architecture, config))
     return model
+
+
+def read_all(tensors):
+    """Every array by its name."""
+    return {name: tensors.read(name) for name in tensors.specs}
+
+
+def same(found, expected):
+    """Names, types, shapes and bits agree."""
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape, name
+        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name

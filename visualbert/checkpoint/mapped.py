@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from visualbert.checkpoint.tensors import STORED, Spec, check_spec
+from visualbert.checkpoint.tensors import STORED, Spec, check_spec, map_array
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError, MissingBackendError
 from visualbert.schema import ARCHITECTURES, Kind, parameters
@@ -55,20 +55,8 @@ class MappedFile:
 
     def read(self, name: str) -> np.ndarray:
         start, shape, dtype = self._places[name]
-        if 0 in shape:
-            return np.zeros(self.specs[name].shape, STORED[dtype])
-        size = math.prod(shape) * STORED[dtype].itemsize
-        try:
-            data = np.memmap(self._file, np.uint8, "c", start, (size,)).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self._path}: {name} cannot be read any more ({error}); the file has changed "
-                "since it was opened"
-            ) from None
-        array = np.ndarray(shape, STORED[dtype], data)
-        if name in self._transposed:
-            return np.ascontiguousarray(array.T)
-        return array if array.flags.aligned else array.copy()
+        array = map_array(self._path, name, start, Spec(shape, dtype), self._file)
+        return np.ascontiguousarray(array.T) if name in self._transposed else array
 
 
 def open_file(path: Path) -> BinaryIO:

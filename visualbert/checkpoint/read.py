@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from visualbert.checkpoint.mapped import MOST_ENTRIES
 from visualbert.checkpoint.pieces import crc_of
-from visualbert.checkpoint.tensors import STORED, Spec, check_spec
+from visualbert.checkpoint.tensors import Spec, check_spec, map_array
 from visualbert.checkpoint.torch_files import TorchFiles
 from visualbert.config import read_json_object
 from visualbert.errors import CheckpointError, ConfigError
@@ -71,18 +71,8 @@ class SafetensorsFiles:
                 self._places[name] = (path, start + entry["data_offsets"][0])
 
     def read(self, name: str) -> np.ndarray:
-        (path, offset), spec = self._places[name], self.specs[name]
-        dtype = STORED[spec.dtype]
-        if 0 in spec.shape:
-            return np.zeros(spec.shape, dtype)
-        try:
-            array = np.memmap(path, dtype, "c", offset, spec.shape).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: {name} cannot be read any more ({error}); the file has changed since it "
-                "was opened"
-            ) from None
-        return array if array.flags.aligned else array.copy()
+        path, offset = self._places[name]
+        return map_array(path, name, offset, self.specs[name])
 
     def verify_checksum(self) -> bool:
         """Compare the data with the checksum that this package writes; False where there is none.

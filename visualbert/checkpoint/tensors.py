@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -84,6 +84,34 @@ def check_spec(
     if len(shape) > _MOST_AXES or math.prod(max(size, 1) for size in shape) >= 2**59:
         raise CheckpointError(f"{path}: {name} has the impossible shape {reprlib.repr(shape)}")
     return Spec(tuple(shape), dtype)
+
+
+def map_array(
+    path: Path, name: str, start: int, spec: Spec, file: BinaryIO | None = None
+) -> np.ndarray:
+    """The array whose bytes start at `start` of a file, mapped copy-on-write.
+
+    Args:
+        path: what the file is called.
+        name: what the array is called.
+        start: its first byte.
+        spec: its shape and type.
+        file: the opened file; opened anew where there is none.
+
+    Raises:
+        CheckpointError: the file is not what it was when it was looked at.
+    """
+    dtype = STORED[spec.dtype]
+    if 0 in spec.shape:
+        return np.zeros(spec.shape, dtype)
+    try:
+        array = np.memmap(file or path, dtype, "c", start, spec.shape).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {name} cannot be read any more ({error}); the file has changed since it was "
+            "opened"
+        ) from None
+    return array if array.flags.aligned else array.copy()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from visualbert.checkpoint.mapped import MOST_ENTRIES, broken, open_file
-from visualbert.checkpoint.tensors import STORED, Spec, check_spec
+from visualbert.checkpoint.tensors import STORED, Spec, check_spec, map_array
 from visualbert.errors import CheckpointError
 
 _MAGIC = 0xDB4775248B80FB57
@@ -103,18 +103,9 @@ class BundleFiles:
         self._places[name] = shard, offset
 
     def read(self, name: str) -> np.ndarray:
-        (shard, offset), spec = self._places[name], self.specs[name]
-        dtype = STORED[spec.dtype]
-        if 0 in spec.shape:
-            return np.zeros(spec.shape, dtype)
-        try:
-            array = np.memmap(self._files[shard], dtype, "c", offset, spec.shape).view(np.ndarray)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.paths[1 + shard]}: {name} cannot be read any more ({error}); the file has "
-                "changed since it was opened"
-            ) from None
-        return array if array.flags.aligned else array.copy()
+        shard, offset = self._places[name]
+        path, file = self.paths[1 + shard], self._files[shard]
+        return map_array(path, name, offset, self.specs[name], file)
 
 
 def _read(path: Path) -> bytes:
