@@ -343,7 +343,8 @@ def test_bert(run, refused, bert, tmp_path):
         assert np.array_equal(found.read(f"visual_bert.{name}"), theirs.read(f"bert.{name}"))
     assert run("inspect", new)[0] == 0
     assert refused("inspect", bert) == (
-        f"{bert}/config.json: model_type is 'bert', expected 'visual_bert'"
+        f"{bert}/config.json: model_type is 'bert', expected 'visual_bert'; a VisualBERT starts "
+        "from a BERT with from_bert (on the command line, convert --architecture CLASS)"
     )
     assert refused("convert", new, tmp_path / "x", "--visual-embedding-dim", 20) == (
         f"--visual-embedding-dim is for a BERT; {new} is a VisualBERT"

@@ -250,7 +250,12 @@ def test_label_order():
         (b'{"vocab_size": 1e400}', "vocab_size must be an integer, got inf"),
         (b'{"vocab_size": 30522.0}', "vocab_size must be an integer, got 30522.0"),
         (b'{"layer_norm_eps": NaN}', "layer_norm_eps=nan must be a positive number"),
-        (b'{"model_type": "bert"}', "model_type is 'bert', expected 'visual_bert'"),
+        (
+            b'{"model_type": "bert"}',
+            "model_type is 'bert', expected 'visual_bert'; a VisualBERT starts from a BERT with "
+            "from_bert (on the command line, convert --architecture CLASS)",
+        ),
+        (b'{"model_type": "lxmert"}', "model_type is 'lxmert', expected 'visual_bert'"),
         (b'{"model_type": null}', "model_type is None, expected 'visual_bert'"),
         (b'{"hidden_size": null}', "hidden_size must be an integer, got None"),
     ],

@@ -50,6 +50,11 @@ _UNWRITTEN = {
     "output_hidden_states": False,
     "classifier_head": "linear",
 }
+# The way out for checkpoints of other models.
+_OTHER_MODELS = {
+    "bert": "; a VisualBERT starts from a BERT with from_bert (on the command line, convert "
+    "--architecture CLASS)"
+}
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 _JSON_WORDS = {
     list: "a list",
@@ -172,7 +177,8 @@ class VisualBertConfig:
         values = read_json_object(path)
         found = values.get("model_type", MODEL_TYPE)
         if found != MODEL_TYPE:
-            raise ConfigError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}")
+            way = _OTHER_MODELS.get(found if isinstance(found, str) else "", "")
+            raise ConfigError(f"{path}: model_type is {found!r}, expected {MODEL_TYPE!r}{way}")
         try:
             return cls.from_dict(values, **changes)
         except ConfigError as error:

@@ -36,7 +36,7 @@ from visualbert.checkpoint.tf_bundle import BundleFiles
 from visualbert.checkpoint.torch_files import TorchFiles, open_torch
 from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
 from visualbert.checkpoint.write import finish_commits
-from visualbert.config import CONFIG_FILE, VisualBertConfig, read_json_object
+from visualbert.config import CONFIG_FILE, MODEL_TYPE, VisualBertConfig, read_json_object
 from visualbert.errors import CheckpointError, ConfigError, HubError
 from visualbert.schema import PREFIX, check_architecture
 
@@ -219,7 +219,9 @@ def _keeps_config(path: Path) -> bool:
 def _bert_values(path: Path) -> dict[str, Any]:
     values = read_json_object(path)
     if values.get("model_type", "bert") != "bert":
-        raise ConfigError(f"{path}: model_type is {values['model_type']!r}, expected 'bert'")
+        found = values["model_type"]
+        way = "; load it with from_pretrained" if found == MODEL_TYPE else ""
+        raise ConfigError(f"{path}: model_type is {found!r}, expected 'bert'{way}")
     return values
 
 
