@@ -128,6 +128,24 @@ def measure_load(name: str, folder: str, sizes: list[int]) -> None:
     print(json.dumps([loaded, first, peak]), flush=True)
 
 
+def measure_parts(name: str, folder: str, sizes: list[int]) -> None:
+    """Print what no load can do without where weights lie transposed: the seconds to make the
+    layers without values, and to copy the file's bytes to fresh memory.
+    """
+    import_framework(name)
+    from visualbert import VisualBertConfig, get_backend
+
+    backend, config = get_backend(name), VisualBertConfig.from_pretrained(folder)
+    start = time.perf_counter()
+    model = backend.create("VisualBertModel", config)
+    made = time.perf_counter() - start
+    start = time.perf_counter()
+    copy = np.array(np.memmap(Path(folder) / "model.safetensors"))
+    copied = time.perf_counter() - start
+    print(json.dumps([made, copied]), flush=True)
+    del model, copy
+
+
 def make_first(name: str, model: Any, inputs: dict[str, np.ndarray]) -> Any:
     """The quickest way to one output: compiling a `tf.function` takes longer than one batch, and
     Flax's operations one by one take longer to compile than all together.
@@ -184,12 +202,14 @@ def _line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def time_loads(folder: str, sizes: list[int], runs: int) -> dict[str, list[list[float]]]:
-    """[load, first output, peak bytes] of fresh processes, by implementation, taken in turn."""
-    found: dict[str, list[list[float]]] = {name: [] for name in IMPLEMENTATIONS}
+def time_fresh(
+    role: str, names: Sequence[str], folder: str, sizes: list[int], runs: int
+) -> dict[str, list[list[float]]]:
+    """What fresh processes that play `role` print, by implementation, taken in turn."""
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(runs):
-        for name in IMPLEMENTATIONS:
-            process = start("load", name, folder, sizes)
+        for name in names:
+            process = start(role, name, folder, sizes)
             found[name].append(json.loads(_line(process)))
             process.wait()
     return found
@@ -201,8 +221,8 @@ def paired(a: Sequence[float], b: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
 
 
-def report(batches: Any, loads: Any, file_bytes: int) -> None:
-    """Print both tables."""
+def report(batches: Any, loads: Any, parts: Any, file_bytes: int) -> None:
+    """Print the tables."""
     from visualbert.cli.common import console, table
 
     out = console()
@@ -225,6 +245,12 @@ def report(batches: Any, loads: Any, file_bytes: int) -> None:
             f"{statistics.median(columns[1]):.2f}",
             paired(columns[1], reference[1]),
             f"{statistics.median(columns[2]) / file_bytes:.2f}",
+        )
+    out.print(made)
+    made = table("parts of a load", "the layers alone, s", "the file's bytes copied once, s")
+    for name, rows in parts.items():
+        made.add_row(
+            name, *(f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True))
         )
     out.print(made)
 
@@ -253,15 +279,19 @@ def main() -> None:
         print(versions)
         print(f"batch {args.batch} × ({args.text} tokens + {args.regions} regions), float32, base")
         batches = time_batches(folder, sizes, args.runs)
-        loads = time_loads(folder, sizes, min(args.runs, 5))
-    report(batches, loads, file_bytes)
+        loads = time_fresh("load", IMPLEMENTATIONS, folder, sizes, min(args.runs, 5))
+        parts = time_fresh("parts", ("tf", "flax"), folder, sizes, min(args.runs, 5))
+    report(batches, loads, parts, file_bytes)
     if args.json:
-        Path(args.json).write_text(json.dumps({"batches": batches, "loads": loads}, indent=2))
+        Path(args.json).write_text(
+            json.dumps({"batches": batches, "loads": loads, "parts": parts}, indent=2)
+        )
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--role"]:
         role, name, folder, *numbers = sys.argv[2:]
-        {"worker": worker, "load": measure_load}[role](name, folder, [int(n) for n in numbers])
+        roles = {"worker": worker, "load": measure_load, "parts": measure_parts}
+        roles[role](name, folder, [int(n) for n in numbers])
     else:
         main()

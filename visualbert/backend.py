@@ -54,7 +54,10 @@ class Backend(Protocol):
         ...
 
     def push(self, variable: Any, array: np.ndarray) -> None:
-        """Make `array`, of the framework's layout, the value behind a handle; its dtype is kept."""
+        """Make `array`, of the framework's layout, the value behind a handle, whose dtype is kept.
+
+        The array's memory is the backend's from then on: nobody else writes to it.
+        """
         ...
 
     def call(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -6,7 +6,9 @@ match it with the table too, and only then write. A failed load leaves nothing b
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,16 +19,20 @@ from visualbert.checkpoint.match import check_ties, match
 from visualbert.checkpoint.open import Checkpoint, open_bert, open_checkpoint
 from visualbert.checkpoint.tensors import (
     ArrayTensors,
+    Memory,
     Spec,
     Tensors,
     cast,
     common_dtype,
     dtype_name,
+    transpose,
 )
 from visualbert.checkpoint.write import write_folder
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import Param, check_architecture, parameters
+
+_THREADS = os.cpu_count() or 1
 
 
 class PreTrained:
@@ -212,16 +218,42 @@ def _fill(
     fresh_names: tuple[str, ...],
     dtype: str | None,
 ) -> None:
-    variables = native_variables(backend, model)
-    for param, variable in variables.items():
+    def read(param: Param) -> np.ndarray:
         if param.name in fresh_names:
             assert fresh is not None
             array = fresh.read(param.name)
         else:
             array = tensors.read(sources[param.name])
-        if dtype is not None:
-            array = cast(array, dtype)
-        backend.push(variable, to_native(backend, param, array))
+        return array if dtype is None else cast(array, dtype)
+
+    variables = native_variables(backend, model)
+    for param, array in _native_arrays(backend, model.config, variables, read):
+        backend.push(variables[param], array)
+
+
+def _native_arrays(
+    backend: Backend,
+    config: VisualBertConfig,
+    params: Iterable[Param],
+    read: Callable[[Param], np.ndarray],
+) -> Iterator[tuple[Param, np.ndarray]]:
+    """Every parameter with its array in the backend's layout; all cores transpose."""
+    turned = {param for param in params if backend.leaves[param.kind].transposed}
+    memory = Memory(sum(Memory.room(param.shape(config)) for param in turned))
+    jobs: deque[tuple[Param, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for param in params:
+            array = read(param)
+            if param not in turned:
+                yield param, array
+                continue
+            into = memory.take(array.shape[::-1], array.dtype)
+            jobs.append((param, pool.submit(transpose, array, into)))
+            if len(jobs) > 2 * _THREADS:
+                first, job = jobs.popleft()
+                yield first, job.result()
+        for last, job in jobs:
+            yield last, job.result()
 
 
 def native_variables(backend: Backend, model: Any) -> dict[Param, Any]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from visualbert.checkpoint.tensors import Spec, Tensors
+from visualbert.checkpoint.tensors import Spec, Tensors, transpose
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError
 from visualbert.schema import BODY, DIMENSIONS, PREFIX, parameters
@@ -186,7 +186,7 @@ class Renamed:
 
     def read(self, name: str) -> np.ndarray:
         array = self._tensors.read(self.names[name])
-        return np.ascontiguousarray(array.T) if name in self._transposed else array
+        return transpose(array) if name in self._transposed else array
 
     def recorded(self, name: str) -> int | None:
         """As that of the file, where it records one of the same bytes."""

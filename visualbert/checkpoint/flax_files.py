@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from visualbert.checkpoint.mapped import MOST_ENTRIES, MappedFile, Place, broken, leaves_of, need
-from visualbert.checkpoint.tensors import STORED, Spec, Tensors, check_spec
+from visualbert.checkpoint.tensors import STORED, Spec, Tensors, check_spec, transpose
 from visualbert.config import read_json_object
 from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import Kind, Param
@@ -202,7 +202,7 @@ def _pack(file: BinaryIO, node: Any, tensors: Tensors, progress: Callable[[int],
             _pack(file, child, tensors, progress)
         return
     array = tensors.read(node.name)
-    array = np.ascontiguousarray(array.T if node.kind is Kind.LINEAR else array)
+    array = transpose(array) if node.kind is Kind.LINEAR else np.ascontiguousarray(array)
     head = b"".join(
         (
             b"\x93",
@@ -273,7 +273,7 @@ class OrbaxFolder:
             array = np.array(store.read().result())
         except Exception as error:
             raise broken(self._path, "Orbax checkpoint", error) from None
-        return np.ascontiguousarray(array.T) if transposed else array
+        return transpose(array) if transposed else array
 
 
 def _orbax_names(path: Path) -> tuple[list[str], str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from visualbert.checkpoint import hdf5
 from visualbert.checkpoint.mapped import MappedFile, Place, broken, leaves_of, need
-from visualbert.checkpoint.tensors import STORED, Tensors
+from visualbert.checkpoint.tensors import STORED, Tensors, transpose
 from visualbert.errors import CheckpointError
 from visualbert.schema import PREFIX, Kind, Param
 
@@ -73,7 +73,7 @@ def write_keras(
             number = counts[module] = counts.get(module, -1) + 1
             array = tensors.read(param.name)
             if param.kind is Kind.LINEAR:
-                array = np.ascontiguousarray(array.T)
+                array = transpose(array)
             item = file.create_dataset(f"{_to_keras(module)}/vars/{number}", data=array)
             if array.dtype == STORED["bfloat16"]:
                 item.attrs["dtype"] = "bfloat16"

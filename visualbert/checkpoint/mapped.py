@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from visualbert.checkpoint.tensors import STORED, Spec, check_spec, map_array
+from visualbert.checkpoint.tensors import STORED, Spec, check_spec, map_array, transpose
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError, MissingBackendError
 from visualbert.schema import ARCHITECTURES, Kind, parameters
@@ -56,7 +56,7 @@ class MappedFile:
     def read(self, name: str) -> np.ndarray:
         start, shape, dtype = self._places[name]
         array = map_array(self._path, name, start, Spec(shape, dtype), self._file)
-        return np.ascontiguousarray(array.T) if name in self._transposed else array
+        return transpose(array) if name in self._transposed else array
 
 
 def open_file(path: Path) -> BinaryIO:

@@ -14,7 +14,7 @@ import numpy as np
 
 from visualbert.checkpoint.flax_files import _to_flax
 from visualbert.checkpoint.mapped import need
-from visualbert.checkpoint.tensors import Tensors
+from visualbert.checkpoint.tensors import Tensors, transpose
 from visualbert.schema import Kind, Param
 
 _GROUP = 1 << 26  # bytes that are committed together
@@ -44,7 +44,7 @@ def write_orbax(
     transaction, held = tensorstore.Transaction(), 0
     for param in params:
         array = tensors.read(param.name)
-        array = np.ascontiguousarray(array.T if param.kind is Kind.LINEAR else array)
+        array = transpose(array) if param.kind is Kind.LINEAR else np.ascontiguousarray(array)
         if held and held + array.nbytes > _GROUP:
             transaction.commit_sync()
             transaction, held = tensorstore.Transaction(), 0

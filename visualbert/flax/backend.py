@@ -53,7 +53,7 @@ class FlaxBackend:
     def push(self, variable: nnx.Param, array: np.ndarray) -> None:
         dtype = variable.get_value().dtype
         with _precision(dtype):
-            made = jax.device_put(np.asarray(array, dtype), may_alias=False)
+            made = jax.device_put(np.asarray(array, dtype), may_alias=True)
             variable.set_value(made)
 
     def call(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

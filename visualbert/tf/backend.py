@@ -47,10 +47,7 @@ class TensorFlowBackend:
         return variable.numpy()
 
     def push(self, variable: keras.Variable, array: np.ndarray) -> None:
-        if array.ndim == 2 and array.flags.f_contiguous:  # TensorFlow transposes on all cores
-            variable.assign(tf.transpose(_in_place(array.T)))
-        else:
-            variable.assign(tf.raw_ops.DeepCopy(x=_in_place(array)))
+        variable.assign(_in_place(array))
 
     def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in flatten_outputs(model(**inputs))}
