@@ -2,6 +2,7 @@
 exit status 2, with nothing left behind.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import pytest
 import safetensors.numpy
 from tiny import random_tensors, tiny_config
 
-from visualbert import __version__
+from visualbert import VisualBertConfig, __version__
 from visualbert.checkpoint.read import read_weights
-from visualbert.checkpoint.tensors import ArrayTensors, cast
+from visualbert.checkpoint.tensors import DTYPES, ArrayTensors, cast
 from visualbert.checkpoint.write import write_folder
-from visualbert.parity import CASES, differing_bits, make_inputs
+from visualbert.cli import COMMANDS
+from visualbert.parity import CASES, TOLERANCES, differing_bits, make_inputs
+from visualbert.schema import ARCHITECTURES
 
 BODY = "VisualBertModel"
 ANSWERS = "VisualBertForQuestionAnswering"
@@ -59,6 +62,23 @@ def refused(run):
     return call
 
 
+@pytest.fixture
+def misused(run):
+    """The sentence below the usage of a command that argparse refuses."""
+
+    def call(*arguments):
+        status, out, err = run(*arguments)
+        assert (status, out) == (2, ""), (status, out, err)
+        *usage, sentence = err.splitlines()
+        commands = [*{*arguments} & {*COMMANDS}]
+        prog = " ".join(["visualbert", *commands])
+        assert usage[0].startswith(f"usage: {prog} [-h] "), err
+        assert sentence.startswith(f"{prog}: ")
+        return sentence.removeprefix(f"{prog}: ")
+
+    return call
+
+
 def process(*arguments, **options):
     """The same in a process of its own, as a user has it."""
     env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
@@ -74,8 +94,9 @@ def process(*arguments, **options):
 # Help
 
 
-HEAVY = ["numpy", "torch", "tensorflow", "keras", "jax", "flax", "rich", "transformers"]
-HEAVY += ["safetensors", "huggingface_hub", "tokenizers", "ml_dtypes", "h5py"]
+FRAMEWORKS = ["torch", "tensorflow", "keras", "jax", "flax", "transformers"]
+HEAVY = [*FRAMEWORKS, "numpy", "rich"]
+HEAVY += ["safetensors", "huggingface_hub", "tokenizers", "ml_dtypes", "h5py", "difflib"]
 
 
 @pytest.mark.parametrize(
@@ -92,15 +113,80 @@ def test_help_imports_nothing(arguments):
     assert done.stdout.startswith("usage: visualbert" if "--help" in arguments else "visualbert ")
 
 
-def test_version_and_usage(run):
+def test_version(run):
     assert run("--version") == (0, f"visualbert {__version__}\n", "")
-    status, out, err = run()
-    assert (status, out) == (2, "") and err.startswith("usage: visualbert")
-    status, _, err = run("train")
-    assert status == 2 and "invalid choice: 'train'" in err
-    status, _, err = run("convert", "a", "b", "--to", "onnx")
-    assert status == 2 and "invalid choice: 'onnx'" in err
-    assert run("convert", "a")[0] == 2
+
+
+KNOWN = ", ".join(COMMANDS)
+LISTED = ", ".join(ARCHITECTURES)
+MISUSES = {
+    "": f"expected a command: {KNOWN}",
+    "verfy x": f"COMMAND 'verfy' is not one of {KNOWN}; did you mean 'verify'?",
+    "train x": f"COMMAND 'train' is not one of {KNOWN}",
+    "--verson": "there is no option --verson; did you mean '--version'?",
+    "inspect x --shema": "there is no option --shema; did you mean '--schema'?",
+    "convert a --froce b": "there is no option --froce; did you mean '--force'?",
+    "convert a b --tto=bin": "there is no option --tto; did you mean '--to'?",
+    "verify x -q": "there is no option -q; --help lists them",
+    "verify x y": "'y' is one argument too many",
+    "convert a": "the following arguments are required: dst",
+    "convert a b --to kera": (
+        "--to 'kera' is not one of safetensors, keras, flax, msgpack, bin; did you mean 'keras'?"
+    ),
+    "convert a b --dtype flot16": (
+        "--dtype 'flot16' is not one of float32, float64, float16, bfloat16; did you mean "
+        "'float16'?"
+    ),
+    "convert a b --dtype int8": (
+        "--dtype 'int8' is not one of float32, float64, float16, bfloat16"
+    ),
+    "verify x --dtype=": "--dtype '' is not one of float64, float32",
+    "verify x --dtype double": "--dtype 'double' is not one of float64, float32",
+    "verify x --against transfomers": (
+        "--against 'transfomers' is not one of transformers; did you mean 'transformers'?"
+    ),
+    "inspect x --architecture Bert": (
+        f"argument --architecture: unknown architecture 'Bert'; expected one of {LISTED}"
+    ),
+    "inspect x --architecture VisualBertForPretraining": (
+        "argument --architecture: unknown architecture 'VisualBertForPretraining'; expected one "
+        f"of {LISTED}; did you mean 'VisualBertForPreTraining'?"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", MISUSES)
+def test_misuses(line, misused):
+    assert misused(*line.split()) == MISUSES[line]
+
+
+def test_choices_are_what_the_library_takes():
+    from visualbert.cli import convert, verify
+
+    assert set(convert.DTYPES) == set(DTYPES)
+    assert tuple(TOLERANCES) == verify.DTYPES
+
+
+def test_settings(refused, source, tmp_path):
+    """A field that does not exist, the nearest that do, and a file that is not there."""
+    lead = "the configuration has no such field"
+    for entry, sentence in (
+        ("num_head=3", f"{lead}; did you mean 'num_attention_heads' or 'num_labels'?"),
+        ("heads=3", f"{lead}; did you mean 'num_attention_heads'?"),
+        ("vocabsize=9", f"{lead}; did you mean 'vocab_size' or 'type_vocab_size'?"),
+    ):
+        key = entry.partition("=")[0]
+        assert refused("inspect", source, "--set", entry) == f"--set {key}: {sentence}"
+    assert refused("inspect", source, "--set", "extra={}").startswith(f"--set extra: {lead}; ")
+    fields = [f.name for f in dataclasses.fields(VisualBertConfig) if f.name != "extra"]
+    for command in (["inspect", source], ["convert", source, tmp_path / "x"], ["verify", source]):
+        assert (
+            refused(*command, "--set", "foo=1") == f"--set foo: {lead}; it has {', '.join(fields)}"
+        )
+        assert refused(*command, "--set", "foo") == "--set 'foo' is not of the form KEY=VALUE"
+        assert refused(*command, "--config", tmp_path / "nope.json") == (
+            f"--config {tmp_path}/nope.json: no such file"
+        )
 
 
 # inspect
@@ -119,6 +205,19 @@ def test_inspect(run, source):
     assert lines[-2:] == ["stored: 29 tensors (29 float32), 0.0 MB", "nothing is wrong with it"]
     total = sum(a.size for a in safetensors.numpy.load_file(source / WEIGHTS).values())
     assert any(line.split() == ["all", "29", f"{total:,}"] for line in lines)
+
+
+def test_one_of_a_kind(run, tmp_path):
+    config = CONFIG.replace(num_attention_heads=1, num_labels=1)
+    bias = np.array([np.inf], np.float32)
+    status, out, _ = run(
+        "inspect", checkpoint(tmp_path / "one", config=config, **{"cls.bias": bias})
+    )
+    assert status == 1 and out.splitlines()[2] == (
+        "1 layer, hidden 24, 1 head, feed-forward 40, 113 words, 36 positions, region features 20 "
+        "wide, 1 label"
+    )
+    assert out.splitlines()[-1] == "wrong  cls.bias holds 1 value that is not finite"
 
 
 def test_inspect_schema(run, source):
@@ -337,6 +436,7 @@ def test_bert(run, refused, bert, tmp_path):
         "visual_bert.embeddings.visual_token_type_embeddings.weight, "
         "visual_bert.embeddings.visual_position_embeddings.weight"
     )
+    assert "assumed" not in out
     assert lines[3].startswith("  drawn anew: visual_bert.embeddings.visual_projection.weight, ")
     found, theirs = read_weights(new), read_weights(bert)
     for name in ("encoder.layer.0.output.dense.weight", "embeddings.word_embeddings.weight"):
@@ -497,11 +597,15 @@ def inputs(tmp_path):
     return path
 
 
+STEPS = ("importing", "loading in", "batch in", "saving from")
+
+
 def test_verify(run, inputs, tmp_path):
     source, report = checkpoint(tmp_path / "body", BODY), tmp_path / "report.json"
     options = ["--backends", "pt,flax", "--inputs", inputs, "--json", report]
     status, out, err = run("verify", source, *options)
-    assert (status, err) == (0, "")
+    steps = [*(f"{step} {name}" for step in STEPS for name in ("pt", "flax"))]
+    assert (status, err.splitlines()) == (0, [f"verifying: {step}" for step in steps])
     assert out.startswith(f"{source}  {BODY}, float64\n")
     assert out.endswith("pt, flax agree within 1e-09\n")
     found = json.loads(report.read_text())
@@ -518,7 +622,8 @@ def test_verify(run, inputs, tmp_path):
 def test_verify_everything(run, source, tmp_path):
     """All backends, in an order that imports TensorFlow first, and transformers."""
     done = process("verify", source, "--backends", "tf, pt ,flax,tf", "--against", "transformers")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert all(line.startswith("verifying: ") for line in done.stderr.splitlines())
     assert "tf, pt, flax, transformers agree within 1e-09" in done.stdout
     keras = tmp_path / "keras"
     assert run("convert", source, keras, "--to", "keras")[0] == 0
@@ -535,23 +640,36 @@ def test_verify_refusals(refused, source, inputs, tmp_path):
     for tolerance in ("0", "-1", "nan", "inf"):
         text = refused("verify", source, f"--tolerance={tolerance}")
         assert text.startswith("--tolerance ") and text.endswith(" must be a positive number")
-    assert refused("verify", source, *both, "--dtype", "bfloat16") == (
-        "dtype 'bfloat16' is not one of float64, float32"
-    )
     for path in (tmp_path, tmp_path / "no" / "x.json"):
         assert refused("verify", source, *both, "--json", path) == (
             f"--json {path}: not a file in a folder that exists"
         )
     arrays = safetensors.numpy.load_file(inputs)
     for name, changed, sentence in (
-        ("x.npz", {}, "x.npz: expected a .safetensors file of inputs"),
-        ("missing.safetensors", None, "missing.safetensors: no such file"),
-        ("unknown.safetensors", {"pixels": np.zeros(1)}, "pixels is not an input of VisualBERT"),
+        ("x.npz", {}, f"{tmp_path}/x.npz: expected a .safetensors file of inputs"),
+        ("missing.safetensors", None, f"{tmp_path}/missing.safetensors: no such file"),
+        (
+            "unknown.safetensors",
+            {"pixels": np.zeros(1)},
+            f"{tmp_path}/unknown.safetensors: pixels is not an input of VisualBERT; known are ",
+        ),
         (
             "other.safetensors",
             {"sentence_image_labels": np.zeros(3, np.int64)},
-            f"sentence_image_labels is not an input of {ANSWERS}; leave it out",
+            f"{tmp_path}/other.safetensors: sentence_image_labels is not an input of {ANSWERS}; "
+            "leave it out",
         ),
+    ):
+        path = tmp_path / name
+        if changed is not None:
+            safetensors.numpy.save_file({**arrays, **changed}, path)
+        assert refused("verify", source, *both, "--inputs", path).startswith(sentence)
+
+
+def test_inputs_that_do_not_fit(run, source, inputs, tmp_path):
+    """What a model says of its inputs, below the steps that came before."""
+    arrays = safetensors.numpy.load_file(inputs)
+    for name, changed, sentence in (
         (
             "wide.safetensors",
             {"visual_embeds": np.zeros((3, 7, 12), np.float32)},
@@ -564,9 +682,39 @@ def test_verify_refusals(refused, source, inputs, tmp_path):
         ),
     ):
         path = tmp_path / name
-        if changed is not None:
-            safetensors.numpy.save_file({**arrays, **changed}, path)
-        assert sentence in refused("verify", source, *both, "--inputs", path)
+        safetensors.numpy.save_file({**arrays, **changed}, path)
+        status, out, err = run("verify", source, "--backends", "pt", "--inputs", path)
+        assert (status, out) == (2, "")
+        assert err.splitlines()[-1].startswith(f"visualbert verify: {sentence}")
+        assert err.splitlines()[-2] == f"verifying: {path.stem} in pt"
+
+
+def test_mistakes_cost_no_import(source, tmp_path):
+    """Whatever can be wrong with a command line is said before a framework is imported."""
+    misfit = shutil.copytree(source, tmp_path / "misfit")
+    edit_config(misfit, num_labels=6, id2label=None)
+    mistakes = {
+        ("none/x/y",): "none/x/y: no such file or folder",
+        (source, "--backends", "pt,mxnet"): "unknown backend 'mxnet'",
+        (source, "--inputs", "no.safetensors"): "no.safetensors: no such file",
+        (source, "--set", "heads=3"): "--set heads: the configuration has no such field; ",
+        (source, "--json", tmp_path): f"--json {tmp_path}: not a file in a folder that exists",
+        (misfit,): f"cannot load {ANSWERS} from '{misfit}': ",
+    }
+    code = (
+        "import json, sys\nfrom visualbert.cli import main\n"
+        "for line in json.loads(sys.argv[1]): assert main(['verify', *line]) == 2, line\n"
+        f"sys.exit(', '.join(m for m in {FRAMEWORKS} if m in sys.modules) or None)"
+    )
+    lines = json.dumps([[*map(str, line)] for line in mistakes])
+    done = subprocess.run(
+        [sys.executable, "-c", code, lines], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    said = [x for x in done.stderr.splitlines() if x.startswith("visualbert verify: ")]
+    assert len(said) == len(mistakes)
+    for sentence, line in zip(mistakes.values(), said, strict=True):
+        assert line.startswith(f"visualbert verify: {sentence}")
 
 
 # Mistakes
@@ -646,12 +794,10 @@ def test_targets(refused, source, tmp_path):
     assert "File name too long" in refused("convert", source, tmp_path / ("x" * 300))
     new = tmp_path / "new" / "deep"
     for options, sentence in (
-        (["--dtype", "int8"], "dtype 'int8' is not one of float64, float32, float16, bfloat16"),
-        (["--dtype", ""], "dtype '' is not one of float64, float32, float16, bfloat16"),
-        (["--architecture", "Bert"], "unknown architecture 'Bert'; expected one of "),
         (["--seed", "-1"], "seed=-1 must be an integer from 0 up"),
+        (["--set", "=1"], "--set '=1' is not of the form KEY=VALUE"),
     ):
-        assert refused("convert", source, new, *options).startswith(sentence)
+        assert refused("convert", source, new, *options) == sentence
     assert sorted(os.listdir(tmp_path)) == ["file", "source"]
     assert (tmp_path / "file").read_text() == "mine"
 

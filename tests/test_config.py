@@ -11,7 +11,7 @@ import pickle
 import pytest
 from tiny import tiny_config
 
-from visualbert import ConfigError, VisualBertConfig
+from visualbert import ConfigError, UsageError, VisualBertConfig
 from visualbert.config import read_json_object
 
 NAMES = {"no": 0, "yes": 1, "perhaps": 2}
@@ -99,8 +99,14 @@ def test_defaults():
 
 def test_frozen_hashable_copyable():
     config = tiny_config(extra={"a": [1]}, eos_token_id=[1, 2])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_size = 48
+    for name, value, shown in (("num_labels", 3, "num_labels=3"), ("label2id", {}, "…")):
+        with pytest.raises(dataclasses.FrozenInstanceError) as caught:
+            setattr(config, name, value)
+        assert str(caught.value) == (
+            f"{name!r} cannot be assigned, as a VisualBertConfig never changes; make a copy: "
+            f"config = config.replace({shown})"
+        )
+    assert (config.num_labels, hasattr(config, "label2id")) == (5, False)
     assert hash(config) == hash(tiny_config(extra={"b": 2}, eos_token_id=3))
     assert len({config, config.replace(), tiny_config(hidden_size=48)}) == 2
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
@@ -281,6 +287,28 @@ def test_missing_files(tmp_path):
     with open(tmp_path / "large", "wb") as file:
         file.truncate(65 * 2**20)
     assert "more than 64 MiB" in message(load, tmp_path / "large")
+
+
+def test_keywords_of_transformers(tmp_path):
+    write(tmp_path, {})
+    load = VisualBertConfig.from_pretrained
+    assert load(tmp_path, local_files_only=False, token=None, trust_remote_code=True) == load(
+        tmp_path
+    )
+    assert load(tmp_path, label2id=NAMES).id2label == {0: "no", 1: "yes", 2: "perhaps"}
+    for function, sentence in (
+        (
+            lambda: load(tmp_path, cache_dir="x"),
+            "from_pretrained() takes no 'cache_dir'; set HF_HUB_CACHE in the environment",
+        ),
+        (
+            lambda: load(None),
+            "from_pretrained() needs a folder, a file or a Hub id, got None",
+        ),
+    ):
+        with pytest.raises(UsageError) as caught:
+            function()
+        assert str(caught.value) == sentence
 
 
 def test_not_a_mapping():

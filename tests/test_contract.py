@@ -4,13 +4,14 @@ behaviours.
 
 import numpy as np
 import pytest
+from native_helpers import numbers
 from tiny import BACKENDS, make_model, random_tensors, tiny_config
 
 from visualbert import CheckpointError, MissingBackendError, get_backend, load
 from visualbert.backend import native_name
 from visualbert.checkpoint.initial import InitialValues
 from visualbert.checkpoint.read import read_weights
-from visualbert.errors import UsageError
+from visualbert.errors import ConfigError, UsageError
 from visualbert.parity import CASES, differing_bits, make_inputs
 from visualbert.pretrained import ModelTensors
 from visualbert.schema import ARCHITECTURES, Kind, parameters
@@ -108,6 +109,153 @@ def test_body_out_of_a_head_and_a_new_head_on_a_body(backend, tmp_path):
         name = "visual_bert.pooler.dense.weight"
         assert np.array_equal(tensors.read(name), original.read(name))
     assert load(tmp_path / "body", backend).architecture == "VisualBertModel"
+
+
+HEAD = "VisualBertForVisualReasoning"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reasoning")
+    make_model("pt", HEAD, tiny_config()).save_pretrained(path)
+    return path
+
+
+def refused(error, function, *args, **kwargs):
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    return str(caught.value)
+
+
+DEFAULT_DEVICE = "model.to(device); TensorFlow and Flax use their default device"
+TRANSFORMERS_KEYWORDS = {
+    "add_pooling_layer": (False, "every model has its pooler; leave pooler_output unread"),
+    "cache_dir": ("/tmp", "set HF_HUB_CACHE in the environment"),
+    "device_map": ("auto", f"move the model afterwards: {DEFAULT_DEVICE}"),
+    "force_download": (True, "remove the repository from the Hub's cache first: hf cache rm"),
+    "ignore_mismatched_sizes": (True, "pass new_head=True, which draws the head anew"),
+    "load_in_8bit": (True, "quantised models are transformers', which loads the same folders"),
+    "local_files_only": (
+        True,
+        "set HF_HUB_OFFLINE=1 in the environment, or pass a local folder",
+    ),
+    "output_loading_info": (True, "a load that succeeds has nothing to report: it is strict"),
+    "proxies": ({"https": "x"}, "set HTTPS_PROXY in the environment"),
+    "return_dict": (False, "pass return_dict=False when you call the model"),
+    "subfolder": ("a", "pass the path of that folder in a local copy of the repository"),
+    "token": ("hf_x", "set HF_TOKEN in the environment, or log in: hf auth login"),
+    "variant": ("fp16", "pass the path of that weight file, and its config.json as config"),
+    "num_head": (2, "did you mean 'num_attention_heads'?"),
+    "newhead": (True, "did you mean 'new_head'?"),
+    "qwertz": (1, "its other keywords are fields of VisualBertConfig"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_KEYWORDS)
+def test_keywords_of_transformers_are_refused_with_the_way_out(backend, name, folder):
+    value, way = TRANSFORMERS_KEYWORDS[name]
+    cls = get_backend(backend).models[HEAD]
+    for function, load_it in (
+        ("from_pretrained", lambda: cls.from_pretrained(folder, **{name: value})),
+        ("from_bert", lambda: cls.from_bert(folder, **{name: value})),
+        ("load", lambda: load(folder, backend, **{name: value})),
+    ):
+        if (function, name) == ("from_bert", "newhead"):  # a BERT's head is always new
+            way = TRANSFORMERS_KEYWORDS["qwertz"][1]
+        assert refused(UsageError, load_it) == f"{function}() takes no {name!r}; {way}"
+        way = TRANSFORMERS_KEYWORDS[name][1]
+
+
+def test_keywords_of_transformers_that_mean_the_same_or_nothing(backend, folder):
+    cls = get_backend(backend).models[HEAD]
+    nothing = {
+        "use_safetensors": True,
+        "low_cpu_mem_usage": True,
+        "trust_remote_code": True,
+        "weights_only": False,
+        "from_pt": True,
+        "device_map": None,
+        "token": True,
+        "subfolder": "",
+        "add_pooling_layer": True,
+        "return_dict": True,
+        "ignore_mismatched_sizes": False,
+    }
+    for dtype, found in (("auto", "float32"), ("float16", "float16"), (None, "float32")):
+        for name in ("dtype", "torch_dtype"):
+            for model in (
+                cls.from_pretrained(folder, **{name: dtype}, **nothing),
+                load(folder, backend, **{name: dtype}, **nothing),
+            ):
+                specs = ModelTensors(get_backend(backend), model).specs
+                assert {s.dtype for s in specs.values()} == {found}
+    names = {i: f"name {i}" for i in range(5)}
+    numbers = {name: i for i, name in names.items()}
+    for given in ({"id2label": names, "label2id": numbers}, {"label2id": numbers}):
+        model = cls.from_pretrained(folder, num_labels=5, **given)
+        assert (model.config.id2label, model.config.extra.get("label2id")) == (names, None)
+    for wrong in ({"x": 0}, [1], {}, {"name 0": 0, "b": 0}):
+        assert refused(UsageError, cls.from_pretrained, folder, id2label=names, label2id=wrong) == (
+            "from_pretrained() takes no 'label2id' but the inverse of id2label; give id2label alone"
+        )
+
+
+def test_what_is_no_checkpoint_or_no_config(backend, folder):
+    cls = get_backend(backend).models[HEAD]
+    lead = "config is of type {}, expected visualbert.VisualBertConfig{}"
+    convert = "; convert it: VisualBertConfig.from_dict(config)"
+    fields = tiny_config().to_dict()
+    for make in (cls, lambda config: cls.from_pretrained(folder, config=config)):
+        assert refused(ConfigError, make, fields) == lead.format("dict", convert)
+        assert refused(ConfigError, make, 3) == lead.format("int", "")
+    assert refused(ConfigError, cls, None) == lead.format("NoneType", "")
+    read = "; read it: VisualBertConfig.from_pretrained(config)"
+    assert refused(ConfigError, cls, "a/b") == lead.format("str", read)
+    needs = "{}() needs a folder, a file or a Hub id, got {}"
+    for source, words in ((None, "None"), (b"a", "a bytes"), ({}, "a dict")):
+        found = refused(UsageError, cls.from_pretrained, source)
+        assert found == needs.format("from_pretrained", words)
+        assert refused(UsageError, cls.from_bert, source) == needs.format("from_bert", words)
+        assert refused(UsageError, load, source, backend) == needs.format("load", words)
+    assert refused(UsageError, cls.from_bert, folder, config=tiny_config()) == (
+        "from_bert() takes the file of a BERT's configuration as config, got a VisualBertConfig; "
+        "pass the fields to change as keywords"
+    )
+
+
+def test_a_config_of_transformers_is_converted_by_hand(backend):
+    transformers = pytest.importorskip("transformers")
+    cls, theirs = get_backend(backend).models[HEAD], transformers.VisualBertConfig()
+    assert refused(ConfigError, cls, theirs) == (
+        "config is of type transformers.VisualBertConfig, expected visualbert.VisualBertConfig; "
+        "convert it: VisualBertConfig.from_dict(config.to_dict())"
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_number_of_parameters(backend, architecture):
+    transformers = pytest.importorskip("transformers")
+    model = make_model(backend, architecture, tiny_config())
+    theirs = transformers.VisualBertConfig(**tiny_config().to_dict())
+    reference = getattr(transformers, architecture)(theirs)
+    assert model.num_parameters() == reference.num_parameters() > 10_000
+    for excluded in (False, True):  # as transformers' `Trainer` asks
+        expected = reference.num_parameters(exclude_embeddings=excluded)
+        assert model.num_parameters(exclude_embeddings=excluded) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tuple_instead_of_a_mapping(backend, architecture):
+    model = make_model(backend, architecture, tiny_config())
+    inputs = make_inputs(PLAIN, architecture, tiny_config())
+    output = model(**inputs, return_dict=True)
+    found = model(**inputs, return_dict=False, output_hidden_states=True)
+    assert type(found) is tuple and type(found[-1]) is tuple
+    assert type(model(**inputs)) is type(output) is not tuple
+    assert len(found) == len(output) + 1
+    for value, expected in zip(found[:-1], output.to_tuple(), strict=True):
+        assert np.array_equal(numbers(value), numbers(expected))
+    assert output[0] is next(iter(output.values()))
 
 
 def test_a_subclass_loads_as_itself(backend, tmp_path):
@@ -306,6 +454,11 @@ def test_a_row_without_anything_visible_stays_finite(backend):
 def test_unknown_and_missing_backends(backend, monkeypatch):
     with pytest.raises(UsageError, match="unknown backend 'mxnet'; expected one of pt, tf, flax"):
         get_backend("mxnet")
+    names = {"pt": ["torch", "PyTorch"], "tf": ["tensorflow", "keras"], "flax": ["jax", "Flax"]}
+    for name in names[backend]:
+        assert refused(UsageError, get_backend, name) == (
+            f"unknown backend {name!r}; did you mean {backend!r}?"
+        )
     import importlib.util
 
     get_backend.cache_clear()

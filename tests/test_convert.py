@@ -667,9 +667,11 @@ def test_shard_sizes(new, runner, tmp_path):
     for size, number in (("150KB", 150_000), ("40000", 40_000), ("1KiB", 1024), ("0100 kb", 10**5)):
         folder = tmp_path / size
         assert runner("convert", new, folder, "--max-shard-size", size) == 0
+        said = runner.said.splitlines()[0]
         index = json.loads((folder / f"{WEIGHTS}.index.json").read_text())
         shards = sorted(folder.glob("model-*.safetensors"))
         assert sorted(set(index["weight_map"].values())) == [path.name for path in shards]
+        assert said.endswith(f"29 tensors, 0.2 MB in {len(shards)} shards")
         assert [path.name for path in shards] == [
             f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
         ]
@@ -683,6 +685,7 @@ def test_shard_sizes(new, runner, tmp_path):
     assert largest > 150_000, "no tensor is larger than a shard: the test proves less"
     for size in ("200MB", "1GiB", "1 gb", "99999999999"):
         assert runner("convert", new, tmp_path / "one", "--max-shard-size", size, "--force") == 0
+        assert runner.said.splitlines()[0].endswith("29 tensors, 0.2 MB")
         assert sorted(os.listdir(tmp_path / "one")) == ["config.json", RECORD, WEIGHTS]
     for size in ("0", "0MB", "-1", "1.5GB", "MB", "", "10XB", "1e9", "9" * 30, "٣MB", "1\n2"):
         assert refused(runner, new, tmp_path / "no", f"--max-shard-size={size}").endswith(

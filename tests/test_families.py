@@ -158,7 +158,8 @@ def test_gamma_beta_and_positions(tmp_path):
 
 def test_what_shapes_show(run, originals, tmp_path):
     lines = (
-        "architecture=VisualBertForQuestionAnswering (a classifier of 3129 rows)",
+        "architecture=VisualBertForQuestionAnswering (a classifier of 3129 rows; if not, "
+        "--architecture CLASS)",
         "num_hidden_layers=2",
         "vocab_size=113",
         "hidden_size=24",
@@ -179,12 +180,21 @@ def test_what_shapes_show(run, originals, tmp_path):
     record = json.loads((tmp_path / "out/conversion.json").read_text())
     assert record["inferred"] == list(lines)
     assert record["family"] == "the original authors' VisualBERT"
+    asked = [*SET, "--architecture", ANSWERS]  # which is nothing to infer any more
+    status, out, _ = run("inspect", path, *asked)
+    assert status == 0 and f"inferred: {', '.join(lines[1:])}" in out.splitlines()
+    status, out, _ = run("convert", path, tmp_path / "out", *asked, "--force")
+    assert status == 0 and f"  inferred: {', '.join(lines[1:])}" in out.splitlines()
+    record = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert record["inferred"] == list(lines[1:])
 
 
 def test_late_fusion_and_heads_show(originals, tmp_path):
     notes = open_checkpoint(originals["pretraining_late_fusion"], **HEADS).notes["inferred"]
     assert "bypass_transformer=True" in notes
-    assert notes[0] == f"architecture={PRETRAINING} (it has a language-model head)"
+    assert notes[0] == (
+        f"architecture={PRETRAINING} (it has a language-model head; if not, --architecture CLASS)"
+    )
     notes = open_checkpoint(originals["pretraining"], **HEADS).notes["inferred"]
     assert "bypass_transformer=True" not in notes
     checkpoint = open_checkpoint(originals["flickr"])  # one of its modules is a head wide
@@ -215,9 +225,12 @@ def test_late_fusion_and_heads_show(originals, tmp_path):
     checkpoint = open_checkpoint(save(tmp_path / "wide.th", tensors_of(state)))
     assert checkpoint.config.num_attention_heads == 2
     assert checkpoint.notes["inferred"][-1] == (
-        "num_attention_heads=2 (hidden_size / 64: shapes do not show it)"
+        "num_attention_heads=2 (hidden_size / 64, as shapes do not show it; if not, --set "
+        "num_attention_heads=N)"
     )
-    assert checkpoint.notes["inferred"][0] == f"architecture={CHOICE} (a classifier of 1 row)"
+    assert checkpoint.notes["inferred"][0] == (
+        f"architecture={CHOICE} (a classifier of 1 row; if not, --architecture CLASS)"
+    )
 
 
 def test_overrides(run, originals, tmp_path):
@@ -256,7 +269,10 @@ def test_overrides(run, originals, tmp_path):
         f"{folder}/config.json: no such file; a checkpoint folder needs one\n"
     )
     status, _, err = run("convert", path, out, *SET, "--set", "heads=3", "--force")
-    assert status == 2 and "VisualBertConfig has no field 'heads'" in err
+    assert status == 2 and err == (
+        "visualbert convert: --set heads: the configuration has no such field; did you mean "
+        "'num_attention_heads'?\n"
+    )
     status, _, err = run("convert", path, out, *SET, "--set", "visual_embedding_dim=21", "--force")
     assert status == 2 and "visual_embedding_dim is 21, the file says 20" in err
     model = load(path, config=config, num_labels=7, new_head=True, hidden_dropout_prob=0.5)
@@ -340,7 +356,16 @@ def test_training_state(legacy, tmp_path):
         f"{tmp_path}: holds more than one weight file, model_state_epoch_3.th, "
         "training_state_epoch_3.th; name the one you mean"
     )
-    path.unlink()
+    more = [path.with_name(f"{path.stem}{n}.th") for n in (1, 2, 3)]
+    for other in more:
+        other.hardlink_to(path)
+    assert refused(open_checkpoint, tmp_path) == (
+        f"{tmp_path}: holds more than one weight file, model_state_epoch_3.th, "
+        "training_state_epoch_3.th, training_state_epoch_31.th, training_state_epoch_32.th and 1 "
+        "more; name the one you mean"
+    )
+    for other in (path, *more):
+        other.unlink()
     (tmp_path / "._model_state_epoch_3.th").write_bytes(b"\0\5\26\7")  # as macOS leaves it
     assert open_checkpoint(tmp_path, **HEADS).family is ORIGINAL
 
@@ -402,7 +427,7 @@ def test_mmf_without_its_configuration(run, tmp_path):
     checkpoint = open_checkpoint(path, **HEADS)
     assert checkpoint.notes["inferred"][0] == (
         f"architecture={REASONING} (nothing says which state the classifier reads: MMF's default "
-        "is the pooled one)"
+        "is the pooled one; if not, --architecture CLASS)"
     )
     assert run("convert", path, tmp_path / "out", *SET, "--architecture", ANSWERS)[0] == 0
     assert load(tmp_path / "out").architecture == ANSWERS

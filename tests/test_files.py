@@ -825,8 +825,11 @@ def test_bare_pickle(folder, tmp_path):
 
 
 EXPECTED = "expected a dictionary of tensors by name, as torch.save(model.state_dict()) writes it"
-RUNS = "refused, because it is not weights alone: it asks for {} (such a file can run code when it "
-RUNS += "is loaded)"
+RUNS = (
+    "refused, because it is not weights alone: it asks for {}; where its code is at hand and "
+    "trusted, torch.save(model.state_dict(), FILE) writes the weights alone (such a file can run "
+    "code when it is loaded)"
+)
 
 
 def not_weights():
@@ -1217,10 +1220,14 @@ def test_names_of_checkpoints(tmp_path, monkeypatch):
 
 HUB_CLIENT = """
 import json, sys
-from visualbert import VisualBertError
+from visualbert import VisualBertConfig, VisualBertError
 from visualbert.pretrained import open_checkpoint
-for name, revision in json.loads(sys.argv[1]):
+for name, revision, *rest in json.loads(sys.argv[1]):
     try:
+        if rest:
+            config = VisualBertConfig.from_pretrained(name, revision=revision, **rest[0])
+            print(json.dumps(["read", config.hidden_size, config.num_labels]))
+            continue
         checkpoint = open_checkpoint(name, revision=revision)
         bias = checkpoint.tensors.read("cls.bias")
         print(json.dumps(["loaded", len(checkpoint.tensors.specs), float(bias[0])]))
@@ -1230,7 +1237,9 @@ for name, revision in json.loads(sys.argv[1]):
 
 
 def ask_hub(requests, tmp_path, endpoint, **env):
-    """What `open_checkpoint` says to (name, revision) pairs in a process with an empty cache."""
+    """What `open_checkpoint` says to (name, revision) pairs in a process with an empty cache, and
+    `VisualBertConfig.from_pretrained` to those with changes behind them.
+    """
     done = subprocess.run(
         [sys.executable, "-c", HUB_CLIENT, json.dumps(requests)],
         env={
@@ -1381,3 +1390,35 @@ def test_hub(hub, original, tmp_path):
     assert "/me/bin/resolve/" in " ".join(hub.requests)
     fetched = [r for r in hub.requests if r.startswith("GET") and "/resolve/" in r]
     assert not any("README" in r for r in fetched)
+
+
+def test_a_config_of_the_hub(hub, original, tmp_path):
+    """It alone is fetched, and errors are those of a model."""
+    shutil.copytree(original, hub.root / "me" / "safe")
+    (hub.root / "me" / "bare").mkdir()
+    (hub.root / "me" / "bare" / "README.md").write_text("nothing")
+    requests = [
+        ("me/safe", None, {}),
+        ("me/safe", hub.commit, {"num_labels": 7}),
+        ("me/safe", "v9", {}),
+        ("me/bare", None, {}),
+        ("me/none", "main", {}),
+        ("me/config.json", None, {}),
+        ("./me", None, {}),
+    ]
+    found = ask_hub(requests, tmp_path, hub.endpoint)
+    lead = "{}: no such folder here, and the Hub did not give it at revision {} ({}); check the "
+    lead += "name and the connection, or pass a local folder"
+    private = "no such repository, or it is private: hf auth login"
+    absent = "{}: no such file; a checkpoint folder needs one"
+    assert found == [
+        ["read", 24, 5],
+        ["read", 24, 7],
+        ["HubError", lead.format("me/safe", "v9", "the repository has no such revision")],
+        ["ConfigError", "me/bare: the repository holds no config.json"],
+        ["HubError", lead.format("me/none", "main", private)],
+        ["ConfigError", absent.format("me/config.json")],
+        ["ConfigError", absent.format("me")],
+    ]
+    fetched = {r.rpartition("/")[2] for r in hub.requests if "/resolve/" in r}
+    assert fetched == {"config.json"}

@@ -85,6 +85,57 @@ REFUSED = [
     ),
     (PHRASES, {POSITIONS: None}, f"{PHRASES} needs {POSITIONS}"),
     (PHRASES, NO_REGIONS, f"{PHRASES} needs visual_embeds"),
+    # What is no array, or one of something else.
+    *(
+        (
+            architecture,
+            {name: batch(architecture)[name].tolist()},
+            f"{name} is a list, expected an array of the framework or of numpy; convert it, as "
+            "with numpy.asarray",
+        )
+        for architecture, name in [
+            *((BODY, name) for name in batch(BODY)),
+            *((CHOICE, name) for name in ("input_ids", "attention_mask", "visual_embeds")),
+            *((ANSWERS, name) for name in ("input_ids", "attention_mask")),
+            *((PHRASES, name) for name in (POSITIONS, "visual_embeds", "visual_attention_mask")),
+        ]
+    ),
+    (
+        REASONING,
+        {"labels": [0, 1, 2]},
+        "labels is a list, expected an array of the framework or of "
+        "numpy; convert it, as with numpy.asarray",
+    ),
+    *(
+        (
+            architecture,
+            {name: batch(architecture)[name].astype(dtype)},
+            f"{name} is of type {dtype}, expected integers; convert it",
+        )
+        for architecture, name, dtype in [
+            (BODY, "input_ids", "float32"),
+            (BODY, "input_ids", "float64"),
+            (BODY, "input_ids", "object"),
+            (BODY, "token_type_ids", "float64"),
+            (BODY, "visual_token_type_ids", "float32"),
+            (BODY, "image_text_alignment", "float32"),
+            (CHOICE, "input_ids", "float32"),
+            (PHRASES, POSITIONS, "float32"),
+        ]
+    ),
+    *(
+        (
+            BODY,
+            {name: batch(BODY)[name].astype(object)},
+            f"{name} is of type object, expected numbers; convert it",
+        )
+        for name in ("visual_embeds", "attention_mask")
+    ),
+    (
+        REASONING,
+        {"labels": np.zeros(B)},
+        "labels is of type float64, expected integers; convert it",
+    ),
     # Features of another width: the mistake that everybody makes.
     (
         BODY,
@@ -528,6 +579,36 @@ def test_compiled(backend):
         assert np.abs(found - eager).max() < 1e-5
     with pytest.raises(InputError, match=r"attention_mask\[0, 0\] is 2, expected 0 or 1"):
         call(backend, BODY, masks)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tuple_out_of_a_compiled_function(backend):
+    model, inputs = model_of(backend, BODY), batch(BODY)
+    if backend == "pt":
+        import torch
+
+        run = torch.compile(model, backend="eager", fullgraph=True)
+        found = run(**{n: torch.as_tensor(x) for n, x in inputs.items()}, return_dict=False)
+        found = [x.detach() for x in found]
+    elif backend == "tf":
+        import tensorflow as tf
+
+        found = tf.function(lambda inputs: model(**inputs, return_dict=False))(inputs)
+    else:
+        from flax import nnx
+
+        found = nnx.jit(lambda model, inputs: model(**inputs, return_dict=False))(model, inputs)
+    expected = call(backend, BODY, {})
+    for x, name in zip(found, ("last_hidden_state", "pooler_output"), strict=True):
+        assert np.abs(np.asarray(x) - expected[name]).max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["tf", "flax"])
+def test_kinds_are_checked_while_tracing(backend):
+    run = compiled(backend, model_of(backend, BODY))
+    with pytest.raises(InputError) as caught:
+        run(**{**batch(BODY), "input_ids": full(1, B, T, dtype=FLOAT)})
+    assert str(caught.value) == "input_ids is of type float32, expected integers; convert it"
 
 
 @pytest.mark.parametrize("backend", ["tf", "flax"])

@@ -179,5 +179,12 @@ def test_every_public_name_exists():
 
     for name in visualbert.__all__:
         assert getattr(visualbert, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'VisualBertForVqa'"):
-        visualbert.VisualBertForVqa  # noqa: B018
+    for name, way in {
+        "VisualBertModle": "; did you mean 'VisualBertModel'?",
+        "TFVisualBertForPretraining": "; did you mean 'TFVisualBertForPreTraining'?",
+        "get_backends": "; did you mean 'get_backend'?",
+        "BertModel": "",
+    }.items():
+        with pytest.raises(AttributeError) as caught:
+            getattr(visualbert, name)
+        assert str(caught.value) == f"module 'visualbert' has no attribute {name!r}{way}"

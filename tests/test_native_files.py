@@ -4,12 +4,14 @@ need none of them bit for bit, and what this package writes comes back from the 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from tiny import make_model, random_tensors, read_all, same, tiny_config
 
 from visualbert import CheckpointError, get_backend
@@ -115,6 +117,27 @@ def test_keras_of_another_model(tmp_path):
     path = tmp_path / "x.weights.h5"
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save_weights(path)
     assert refused(KerasFile, "x", path).endswith(" is no parameter of a VisualBERT")
+
+
+def test_a_keras_archive(tmp_path):
+    """What model.save writes holds a program; the way out is in the sentence, and works."""
+    config, arrays = make(ANSWERS)
+    model = model_of("tf", ANSWERS, config, arrays, "float32")
+    path = tmp_path / "x.keras"
+    model.save(path)
+    for source in (path, tmp_path):
+        assert refused(open_checkpoint, source) == (
+            f"{path}: a Keras archive, as model.save writes it: it holds a program beside the "
+            'weights; load it with Keras, write model.save_weights("model.weights.h5") and give '
+            "that file"
+        )
+    path.rename(tmp_path / "pytorch_model.bin")  # known by what it holds
+    assert "/pytorch_model.bin: a Keras archive, " in refused(
+        open_checkpoint, tmp_path / "pytorch_model.bin"
+    )
+    model.save_weights(tmp_path / "model.weights.h5")
+    found = open_checkpoint(tmp_path / "model.weights.h5", num_attention_heads=3)
+    same(read_all(found.tensors), arrays)
 
 
 # Flax
@@ -468,6 +491,34 @@ def test_folders(native):
     root, arrays = native
     for name in ("keras", "flax", "msgpack"):
         same(read_all(open_checkpoint(root / name).tensors), arrays)
+
+
+def test_an_orbax_folder_alone(native, tmp_path, monkeypatch):
+    """By its _METADATA; config.json and detector are those of the folder that it lies in."""
+    root, arrays = native
+    shutil.copytree(root / "flax", tmp_path / "whole")
+    detector = {"detector.x": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(detector, tmp_path / "whole" / "detector.safetensors")
+    expected = open_checkpoint(tmp_path / "whole")
+    orbax = (tmp_path / "whole" / "orbax").rename(tmp_path / "whole" / "step 7")
+    monkeypatch.chdir(orbax)
+    for path in (orbax, "."):
+        found = open_checkpoint(path)
+        same(read_all(found.tensors), arrays)
+        assert (found.config, found.notes, found.format) == (expected.config, {}, "Orbax")
+        assert found.folder.resolve() == expected.folder.resolve()
+        same(read_all(found.aside), detector)
+    (tmp_path / "whole" / "config.json").rename(tmp_path / "mine.json")
+    assert open_checkpoint(orbax, config=tmp_path / "mine.json").config == expected.config
+    found = open_checkpoint(orbax, num_attention_heads=3)
+    assert found.config.architectures == (ANSWERS,)
+    assert found.notes["inferred"][0] == (
+        f"architecture={ANSWERS} (a classifier of 5 rows; if not, --architecture CLASS)"
+    )
+    assert refused(open_checkpoint, orbax) == (
+        f"'{orbax}': hidden_size=24 is no multiple of 64, so the number of attention heads cannot "
+        "be guessed; give it as num_attention_heads (--set num_attention_heads=N)"
+    )
 
 
 def test_reading_needs_no_framework(native):

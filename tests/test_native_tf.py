@@ -19,7 +19,9 @@ from native_helpers import (
     CHOICE,
     DROPOUT,
     HEADS,
+    PHRASES,
     PRETRAINING,
+    REASONING,
     SIZES,
     B,
     C,
@@ -34,6 +36,7 @@ from native_helpers import (
 )
 
 import visualbert
+from visualbert.errors import InputError, UsageError
 from visualbert.outputs import ModelOutput
 from visualbert.schema import ARCHITECTURES
 
@@ -183,16 +186,158 @@ class TestFit:
         assert difference(found, model(**inputs)) < 1e-4
         assert difference(found, model(inputs)) < 1e-4
 
+    @pytest.mark.parametrize("architecture", HEADS)
+    def test_labels_beside_the_batch_are_labels_in_it(self, architecture):
+        inputs, labels = apart(architecture)
+        losses = []
+        for args in (({**inputs, **labels},), (inputs, labels), (inputs, labels["labels"])):
+            model = build(architecture)
+            compile_model(model)
+            losses.append(model.evaluate(*args, batch_size=6, verbose=0))
+        assert losses[0] == losses[1] == pytest.approx(mean_loss(model, {**inputs, **labels}))
+        assert (losses[2] == losses[0]) is (len(labels) == 1)
+
+    @pytest.mark.parametrize("eagerly", [True, pytest.param(False, marks=pytest.mark.slow)])
+    def test_pairs_train(self, eagerly):
+        inputs, labels = apart(REASONING)
+        model = build(REASONING)
+        compile_model(model, eagerly, metrics=["accuracy"])
+        data = tf.data.Dataset.from_tensor_slices((inputs, labels["labels"])).batch(6)
+        history = model.fit(data, validation_data=data, epochs=4, verbose=0).history
+        assert history["loss"][-1] < 0.8 * history["loss"][0]
+        right = model.predict(data, verbose=0).logits.argmax(-1) == labels["labels"]
+        assert history["val_accuracy"][-1] == pytest.approx(right.mean())
+
+    @pytest.mark.parametrize("beside", [True, False])
+    @pytest.mark.parametrize("architecture", [CHOICE, ANSWERS, REASONING, PHRASES])
+    def test_metrics_compare_labels_with_logits(self, architecture, beside):
+        inputs, labels = apart(architecture)
+        model = build(architecture)
+        compile_model(model, metrics=["accuracy"])
+        args = (inputs, labels["labels"]) if beside else ({**inputs, **labels},)
+        found = model.evaluate(*args, batch_size=6, verbose=0, return_dict=True)
+        right, wanted = model(**inputs).logits.numpy().argmax(-1), labels["labels"]
+        wanted = wanted if wanted.ndim == 1 else wanted.argmax(-1)
+        assert found["accuracy"] == pytest.approx((right == wanted).mean())
+        assert set(found) == {"accuracy", "loss"}
+
+    @pytest.mark.parametrize("length", [S, 9])
+    def test_metrics_of_pretraining_go_by_output(self, length):
+        inputs, labels = apart(PRETRAINING)
+        labels["labels"] = labels["labels"][:, :length]
+        model = build(PRETRAINING)
+        metrics = {"prediction_logits": "accuracy", "seq_relationship_logits": "accuracy"}
+        compile_model(model, metrics=metrics)
+        found = model.evaluate({**inputs, **labels}, batch_size=6, verbose=0, return_dict=True)
+        outputs = model(**inputs)
+        words = outputs.prediction_logits.numpy().argmax(-1)[:, :length]
+        match = outputs.seq_relationship_logits.numpy().argmax(-1)
+        expected = {
+            "prediction_logits_accuracy": (words == labels["labels"]).mean(),
+            "seq_relationship_logits_accuracy": (match == labels["sentence_image_labels"]).mean(),
+        }
+        assert {k: found[k] for k in expected} == pytest.approx(expected)
+
+    def test_a_compiled_loss_gets_what_lies_beside_the_batch(self):
+        inputs, labels = apart(REASONING)
+        entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        weights = np.arange(12.0)
+        for loss, y in (
+            (entropy, labels["labels"]),
+            (entropy, labels),
+            ({"logits": entropy}, {"logits": labels["labels"]}),
+        ):
+            model = build(REASONING)
+            compile_model(model, loss=loss)
+            expected = mean_loss(model, {**inputs, **labels})
+            assert model.evaluate(inputs, y, batch_size=6, verbose=0) == pytest.approx(expected)
+            weighed = model.evaluate(inputs, y, sample_weight=weights, batch_size=6, verbose=0)
+            each = keras.ops.sparse_categorical_crossentropy(
+                labels["labels"], model(**inputs).logits, from_logits=True
+            )
+            assert weighed == pytest.approx(np.mean(each * weights), rel=1e-5)
+        body, targets = build(BODY), {"pooler_output": np.ones((12, 24), np.float32)}
+        compile_model(body, loss="mse")
+        inputs = batch(BODY, 12)
+        found = body.evaluate(inputs, targets, batch_size=6, verbose=0)
+        assert found == pytest.approx(np.mean((body(**inputs).pooler_output - 1) ** 2), rel=1e-5)
+
+    @pytest.mark.parametrize("eagerly", [True, False])
+    def test_what_cannot_be_trained_is_one_sentence(self, eagerly):
+        inputs, labels = apart(REASONING)
+        none = (
+            "was given no labels, so that there is no loss; add them to the inputs as 'labels', or "
+            "pass them to fit() as y"
+        )
+        body = (
+            "TFVisualBertModel has no loss of its own; train a model with a head, or pass a loss "
+            "to compile() and its targets to fit(), as y={'pooler_output': targets}"
+        )
+        weights = (
+            "TFVisualBertForVisualReasoning computes its loss from labels, without sample_weight "
+            "and class_weight; pass a loss that they shall weigh to compile(), and the labels to "
+            "fit() as y"
+        )
+        output = (
+            "TFVisualBertModel returns no 'logits' to compare targets with; name what they are "
+            "for, one of last_hidden_state, pooler_output, as y={'last_hidden_state': targets}"
+        )
+        unknown = "TFVisualBertForVisualReasoning takes no input 'visual_embed'; did you mean "
+        target = np.ones((12, 24), np.float32)
+        for architecture, compiled, args, kw, error, sentence in (
+            (REASONING, {}, (inputs,), {}, InputError, f"TF{REASONING} {none}"),
+            (
+                REASONING,
+                {"metrics": ["accuracy"]},
+                (inputs,),
+                {},
+                InputError,
+                f"TF{REASONING} {none}",
+            ),
+            (REASONING, {"loss": "mse"}, (inputs,), {}, InputError, f"TF{REASONING} {none}"),
+            (BODY, {}, (batch(BODY, 12),), {}, InputError, body),
+            (BODY, {}, (batch(BODY, 12), target), {}, InputError, body),
+            (BODY, {"loss": "mse"}, (batch(BODY, 12), target), {}, InputError, output),
+            (
+                REASONING,
+                {},
+                (inputs, labels["labels"]),
+                {"sample_weight": np.ones(12)},
+                UsageError,
+                weights,
+            ),
+            (
+                REASONING,
+                {},
+                ({**inputs, **labels, "visual_embed": target},),
+                {},
+                InputError,
+                unknown + "'visual_embeds'?",
+            ),
+        ):
+            model = build(architecture)
+            compile_model(model, eagerly, **compiled)
+            with pytest.raises(error) as caught:
+                model.fit(*args, batch_size=6, verbose=0, **kw)
+            assert str(caught.value) == sentence
+
     def test_predict_with_labels_gives_the_loss_of_each_batch(self):
         found = build(ANSWERS).predict(batch(ANSWERS, 5), batch_size=2, verbose=0)
         assert found.loss.shape == (3,)
         assert found.logits.shape == (5, L)
 
 
-def compile_model(model, eagerly=True):
+def compile_model(model, eagerly=True, **kw):
     """Tracing a training step takes most of the time of a short run."""
     optimizer = keras.optimizers.Adam(3e-3)
-    model.compile(optimizer=optimizer, run_eagerly=eagerly, jit_compile=False)
+    model.compile(optimizer=optimizer, run_eagerly=eagerly, jit_compile=False, **kw)
+
+
+def apart(architecture):
+    """Twelve examples, and their labels."""
+    inputs = batch(architecture, 12)
+    names = ("labels", "sentence_image_labels")
+    return inputs, {name: inputs.pop(name) for name in names if name in inputs}
 
 
 def mean_loss(model, inputs):

@@ -2,6 +2,7 @@
 every layout that `torch.save` leaves; a file that attacks or is damaged ends in one sentence.
 """
 
+import argparse
 import collections
 import io
 import os
@@ -26,8 +27,11 @@ from visualbert.checkpoint.torch_files import TorchFiles, open_torch
 torch = pytest.importorskip("torch")
 
 FORMATS = {"zip": True, "legacy": False}
-RUNS = "refused, because it is not weights alone: it asks for {} (such a file can run code when it "
-RUNS += "is loaded)"
+RUNS = (
+    "refused, because it is not weights alone: it asks for {}; where its code is at hand and "
+    "trusted, torch.save(model.state_dict(), FILE) writes the weights alone (such a file can run "
+    "code when it is loaded)"
+)
 BROKEN = "not a whole PyTorch file ({}); fetch or write it again"
 
 
@@ -901,6 +905,17 @@ INDEX = pickled(dictionary(a=tensor()))
 def test_members(options, what, tmp_path):
     assert refused(write_zip(tmp_path / "x", INDEX, **options)) == BROKEN.format(what)
     same(write_zip(tmp_path / "x", INDEX))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_whole_modules(kind, tmp_path):
+    """torch.save(model), and a program's arguments beside the weights."""
+    module = torch.nn.Linear(2, 2)
+    path = save(tmp_path / "x", module, kind)
+    assert refused(path) == RUNS.format("torch.nn.modules.linear.Linear")
+    state = {"model": module.state_dict(), "args": argparse.Namespace(seed=1)}
+    assert refused(save(path, state, kind)) == RUNS.format("argparse.Namespace")
+    same(save(path, module.state_dict(), kind))
 
 
 def test_a_program(tmp_path):

@@ -255,7 +255,41 @@ def test_a_new_head_on_a_bert(run, sources, tmp_path):
     assert f"  drawn anew: {', '.join([*PROJECTION, 'cls.weight', 'cls.bias'])}" in out.splitlines()
     record = json.loads((tmp_path / "conversion.json").read_text())
     assert "cls.predictions.bias" in record["not needed"]
-    assert load(tmp_path).config.num_labels == 7
+    assert "assumed" not in out and load(tmp_path).config.num_labels == 7
+
+
+WIDE = "visual_embedding_dim=512 (if not, --visual-embedding-dim F)"
+LABELS = "num_labels=2 (if not, --set num_labels=N)"
+NAMES = '--set=id2label={"0": "no", "1": "yes"}'
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "assumed"),
+    [
+        (ANSWERS, [], [WIDE, LABELS]),
+        (ANSWERS, [NAMES], [WIDE]),
+        (ANSWERS, ["--visual-embedding-dim", 20], [LABELS]),
+        (ANSWERS, ["--visual-embedding-dim", 512, "--set", "num_labels=2"], []),
+        (PRETRAINING, [], [WIDE]),
+        (BODY, ["--set", "visual_embedding_dim=20"], []),
+    ],
+)
+def test_what_a_conversion_assumes(architecture, options, assumed, run, sources, tmp_path):
+    """No BERT says how wide the features of a region are, nor how many labels a head has."""
+    to = ["--architecture", architecture]
+    status, out, _ = run("convert", sources["today"], tmp_path, *to, *options)
+    assert status == 0 and ("assumed" in out) == bool(assumed)
+    assert not assumed or f"  assumed: {', '.join(assumed)}" in out.splitlines()
+    record = json.loads((tmp_path / "conversion.json").read_text())
+    assert record.get("assumed", []) == assumed
+
+
+def test_heads_that_a_bert_does_not_say(run, bert, tmp_path):
+    values = {k: v for k, v in VALUES.items() if k != "num_attention_heads"}
+    folder = write_google(tmp_path / "x", google_state(bert), values)
+    (note,) = open_bert(folder, BODY, **WIDTH).notes["assumed"]
+    assert note == "num_attention_heads=12 (if not, --set num_attention_heads=N)"
+    assert open_bert(folder, BODY, **WIDTH, num_attention_heads=3).notes["assumed"] == ()
 
 
 def test_halves_stay_halves(bert, tmp_path):

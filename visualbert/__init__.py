@@ -19,7 +19,10 @@ _HEADS = (
 _HOMES = {
     "VisualBertConfig": "visualbert.config",
     "ModelOutput": "visualbert.outputs",
+    "VisualBertProcessor": "visualbert.inputs.processor",
+    "Regions": "visualbert.inputs.regions",
     "load": "visualbert.pretrained",
+    "pipeline": "visualbert.answering",
     "get_backend": "visualbert.backend",
     "backend_names": "visualbert.backend",
     "VisualBertError": "visualbert.errors",
@@ -43,7 +46,10 @@ __all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from visualbert.keywords import did_you_mean
+
+        way = did_you_mean(name, _HOMES, 0.8)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{way}")
     home = _HOMES[name]
     extra = dict(_FRAMEWORKS.values()).get(home)
     if extra is not None:

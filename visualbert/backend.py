@@ -7,7 +7,7 @@ imported only when its backend is asked for.
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple, Protocol
@@ -64,6 +64,14 @@ class Backend(Protocol):
         """Run the model; tuples come out as `hidden_states.0`, `hidden_states.1`, …"""
         ...
 
+    def compiled(
+        self, model: Any, **options: Any
+    ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+        """`call` for many calls with the same `options`, compiled once for each set of shapes where
+        the framework compiles.
+        """
+        ...
+
     def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The gradient of `loss` by every parameter, keyed as `variables`; zeros where there is
         none.
@@ -90,6 +98,13 @@ _REFERENCES = {
 }
 
 
+_ALSO_CALLED = {
+    **dict.fromkeys(("pt", "torch", "pytorch"), "pt"),
+    **dict.fromkeys(("tf", "tensorflow", "keras"), "tf"),
+    **dict.fromkeys(("flax", "jax", "nnx"), "flax"),
+}
+
+
 def backend_names(installed: bool = False) -> list[str]:
     """The registered backends, this package's first; only those whose framework is there if
     `installed`.
@@ -111,9 +126,13 @@ def get_backend(name: str) -> Backend:
     if home is None:
         third = _third_parties()
         if name not in third:
-            raise UsageError(
-                f"unknown backend {name!r}; expected one of {', '.join(backend_names())}"
+            meant = _ALSO_CALLED.get(str(name).lower())
+            way = (
+                f"did you mean {meant!r}?"
+                if meant
+                else f"expected one of {', '.join(backend_names())}"
             )
+            raise UsageError(f"unknown backend {name!r}; {way}")
         return third[name].load()
     if importlib.util.find_spec(home.needs) is None:
         raise MissingBackendError(f"backend {name!r} needs {home.needs}: {home.install}")

@@ -7,9 +7,9 @@ does not know, so a config.json written by transformers comes back with nothing 
 """
 
 import dataclasses
-import difflib
 import json
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from visualbert.errors import ConfigError
+from visualbert.keywords import check_source, did_you_mean, without_habits
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "visual_bert"
@@ -166,14 +167,24 @@ class VisualBertConfig:
         return cls(**{**fields, **changes}, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **changes: Any) -> "VisualBertConfig":
-        """Read `folder`/config.json (or the file itself), with `changes` on top.
+    def from_pretrained(
+        cls, source: str | os.PathLike, *, revision: str | None = None, **changes: Any
+    ) -> "VisualBertConfig":
+        """Read a config.json, with `changes` on top.
+
+        Args:
+            source: a folder that holds one, the file itself, or a Hub id such as
+                "uclanlp/visualbert-vqa", of which nothing else is fetched.
+            revision: branch, tag or commit on the Hub.
+            **changes: fields to change.
 
         Raises:
+            HubError: the Hub id cannot be reached.
             ConfigError: the file is missing, is not a JSON object, or describes another model.
         """
-        path = Path(folder)
-        path = path / CONFIG_FILE if os.path.isdir(path) else path
+        check_source("from_pretrained", source)
+        changes = without_habits("from_pretrained", changes)
+        path = _config_file(source, revision)
         values = read_json_object(path)
         found = values.get("model_type", MODEL_TYPE)
         if found != MODEL_TYPE:
@@ -323,11 +334,60 @@ _refuse = VisualBertConfig.__setattr__
 
 def _assign(config: VisualBertConfig, name: str, value: Any) -> None:
     """transformers' `Trainer` sets `use_cache` on the config of every model; nothing reads it."""
-    if name != "use_cache":
+    if name == "use_cache":
+        return
+    try:
         _refuse(config, name, value)
+    except dataclasses.FrozenInstanceError:
+        shown = f"{name}={reprlib.repr(value)}" if name in _field_names() else "…"
+        raise dataclasses.FrozenInstanceError(
+            f"{name!r} cannot be assigned, as a VisualBertConfig never changes; make a copy: "
+            f"config = config.replace({shown})"
+        ) from None
 
 
 VisualBertConfig.__setattr__ = _assign  # type: ignore[method-assign, assignment]
+
+
+def checked(config: Any) -> VisualBertConfig:
+    """`config`, if it is a VisualBertConfig.
+
+    Raises:
+        ConfigError: it is not, with the way to make one of it.
+    """
+    if isinstance(config, VisualBertConfig):
+        return config
+    kind = type(config)
+    if isinstance(config, Mapping):
+        way = "; convert it: VisualBertConfig.from_dict(config)"
+    elif hasattr(config, "to_dict"):
+        way = "; convert it: VisualBertConfig.from_dict(config.to_dict())"
+    elif isinstance(config, (str, os.PathLike)):
+        way = "; read it: VisualBertConfig.from_pretrained(config)"
+    else:
+        way = ""
+    package = kind.__module__.partition(".")[0]
+    name = kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"
+    raise ConfigError(f"config is of type {name}, expected visualbert.VisualBertConfig{way}")
+
+
+def _config_file(source: str | os.PathLike, revision: str | None) -> Path:
+    """The config.json that `source` names; from the Hub where it is the id of a repository."""
+    path, name = Path(source), os.fspath(source)
+    if os.path.isdir(path):
+        return path / CONFIG_FILE
+    local = os.path.lexists(path) or path.is_absolute() or name.startswith((".", "~"))
+    if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or path.suffix == ".json":
+        return path
+    from visualbert.hub import fetch
+
+    try:
+        found = fetch(name, revision, [CONFIG_FILE], "folder") / CONFIG_FILE
+    except ValueError:
+        return path
+    if not found.is_file():
+        raise ConfigError(f"{name}: the repository holds no {CONFIG_FILE}")
+    return found
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -376,10 +436,9 @@ def _refuse_unknown(changes: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(set(changes) - known)
     if not unknown:
         return
-    close = difflib.get_close_matches(unknown[0], known, 1)
     raise ConfigError(
         f"VisualBertConfig has no field {', '.join(map(repr, unknown))}"
-        + (f"; did you mean {close[0]!r}?" if close else "")
+        + did_you_mean(unknown[0], known)
     )
 
 

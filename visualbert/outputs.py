@@ -48,13 +48,15 @@ class ModelOutput(dict):
         return tuple(self.values())
 
 
-def model_output(**values: Any) -> ModelOutput:
-    """A ModelOutput of those `values` that are not None, in the order of `KEYS`."""
+def model_output(return_dict: bool | None = None, **values: Any) -> Any:
+    """A ModelOutput, or its tuple where `return_dict` is False, of those `values` that are not
+    None, in the order of `KEYS`.
+    """
     output = ModelOutput()
     for key in KEYS:
         if values.get(key) is not None:
             output[key] = values[key]
-    return output
+    return output.to_tuple() if return_dict is False else output
 
 
 def flatten(output: ModelOutput) -> tuple[list[Any], tuple[str, ...]]:

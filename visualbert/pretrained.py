@@ -4,6 +4,8 @@ A load is always the same four steps: find the files, match them with the table,
 match it with the table too, and only then write. A failed load leaves nothing behind.
 """
 
+import dataclasses
+import math
 import os
 import warnings
 from collections import deque
@@ -28,11 +30,14 @@ from visualbert.checkpoint.tensors import (
     transpose,
 )
 from visualbert.checkpoint.write import write_folder
-from visualbert.config import VisualBertConfig
-from visualbert.errors import CheckpointError, ConfigError
-from visualbert.schema import Param, check_architecture, parameters
+from visualbert.config import VisualBertConfig, checked
+from visualbert.errors import CheckpointError, ConfigError, UsageError
+from visualbert.keywords import check_keywords, check_source, without_habits
+from visualbert.schema import Kind, Param, check_architecture, parameters
 
 _THREADS = os.cpu_count() or 1
+_FIELDS = {f.name for f in dataclasses.fields(VisualBertConfig)} - {"extra"}
+_OWN = {"revision", "config", "dtype", "new_head", "seed"}
 
 
 class PreTrained:
@@ -63,17 +68,20 @@ class PreTrained:
             revision: branch, tag or commit on the Hub.
             config: a configuration or the file of one, in place of the checkpoint's own.
             dtype: "float32", "float64", "float16" or "bfloat16", or the framework's own object for
-                one of them; the checkpoint's own when left out.
+                one of them; the checkpoint's own when left out or "auto".
             new_head: draw the task head anew from `seed`, whatever the file holds for it.
             seed: of whatever is drawn anew.
             **changes: fields of `VisualBertConfig` to change, such as `num_labels` or
-                `attn_implementation`.
+                `attn_implementation`. `torch_dtype` is `dtype`, and what transformers has beside
+                these is refused where it asks for anything (`visualbert.keywords`).
 
         Raises:
+            UsageError: a keyword that means nothing here.
             HubError: the Hub id cannot be reached.
             ConfigError: the configuration is missing or broken.
             CheckpointError: the weights are missing, broken, or do not fit; nothing was loaded.
         """
+        dtype, changes = _settle("from_pretrained", source, config, dtype, changes)
         checkpoint = open_checkpoint(source, revision=revision, config=config, **changes)
         return load_model(
             get_backend(cls.framework), cls, checkpoint, dtype=dtype, new_head=new_head, seed=seed
@@ -103,8 +111,15 @@ class PreTrained:
             **changes: fields of `VisualBertConfig`, above all `visual_embedding_dim`.
 
         Raises:
+            UsageError: a keyword that means nothing here.
             CheckpointError: the folder does not hold a BERT.
         """
+        dtype, changes = _settle("from_bert", source, config, dtype, changes)
+        if isinstance(config, VisualBertConfig):
+            raise UsageError(
+                "from_bert() takes the file of a BERT's configuration as config, got a "
+                "VisualBertConfig; pass the fields to change as keywords"
+            )
         checkpoint = open_bert(
             source, cls.architecture, revision=revision, config=config, seed=seed, **changes
         )
@@ -117,6 +132,19 @@ class PreTrained:
             CheckpointError: the folder cannot be written; what it held is untouched.
         """
         save_model(get_backend(self.framework), self, folder)
+
+    def num_parameters(self, *, exclude_embeddings: bool = False) -> int:
+        """How many numbers the parameters hold, all or those that are no table of vectors; the
+        decoder, which is the word table, is not counted again.
+        """
+        backend = get_backend(self.framework)
+        tables = {
+            native_name(backend, p)
+            for p in parameters(self.architecture, self.config)
+            if exclude_embeddings and p.kind is Kind.EMBEDDING
+        }
+        variables = backend.variables(self)
+        return sum(math.prod(backend.shape(v)) for k, v in variables.items() if k not in tables)
 
     def initialise(self, seed: int | None) -> None:
         """Set every parameter to its initial value; None leaves them to whoever fills them next."""
@@ -145,12 +173,29 @@ def load(
         revision, config, dtype, new_head, seed, **changes: as in `from_pretrained`.
 
     Raises:
+        UsageError: there is no such backend, or a keyword that means nothing here.
         ConfigError: the folder's config does not say which architecture it is.
     """
     chosen = get_backend(backend)
+    dtype, changes = _settle("load", source, config, dtype, changes)
     checkpoint = open_checkpoint(source, revision=revision, config=config, **changes)
     architecture = architecture_of(checkpoint.config, str(source))
     return load_model(chosen, architecture, checkpoint, dtype=dtype, new_head=new_head, seed=seed)
+
+
+def _settle(
+    function: str, source: Any, config: Any, dtype: Any, changes: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The type and the changed fields that a caller of `function` asks for."""
+    check_source(function, source)
+    if not isinstance(config, (str, os.PathLike, type(None))):
+        checked(config)
+    changes = without_habits(function, changes)
+    given = changes.pop("torch_dtype", None)
+    dtype = given if dtype is None else dtype
+    own = _OWN - {"new_head"} if function == "from_bert" else _OWN
+    check_keywords(function, changes, _FIELDS, own)
+    return None if isinstance(dtype, str) and dtype == "auto" else dtype, changes
 
 
 def architecture_of(config: VisualBertConfig, label: str) -> str:

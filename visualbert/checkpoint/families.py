@@ -291,7 +291,7 @@ def infer_config(
     labels = _labels(specs)
     if labels is not None and architecture != "VisualBertForMultipleChoice":
         seen["num_labels"] = labels
-    notes = [f"architecture={architecture} ({reason})"]
+    notes = [f"architecture={architecture} ({reason}; if not, --architecture CLASS)"]
     notes += [f"{k}={v}" for k, v in seen.items() if k not in given]
     seen["architectures"] = [architecture]
     if "num_attention_heads" not in given:
@@ -335,7 +335,9 @@ def _count_heads(specs: Mapping[str, Spec], hidden: int, label: str) -> tuple[in
             f"{label!r}: hidden_size={hidden} is no multiple of 64, so the number of attention "
             "heads cannot be guessed; give it as num_attention_heads (--set num_attention_heads=N)"
         )
-    return hidden // 64, "hidden_size / 64: shapes do not show it"
+    return hidden // 64, (
+        "hidden_size / 64, as shapes do not show it; if not, --set num_attention_heads=N"
+    )
 
 
 def infer_architecture(specs: Mapping[str, Spec], pooled: bool | None = None) -> tuple[str, str]:

@@ -22,6 +22,7 @@ from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import Kind, Param
 
 ORBAX = "orbax"
+_INDEX = "_METADATA"
 MSGPACK = "flax_model.msgpack"
 _LEAST_PACKED = 50  # weights never shrink this much
 _FREE = 1 << 24
@@ -228,6 +229,11 @@ def _packed_text(text: str) -> bytes:
     return (bytes([0xA0 | len(data)]) if len(data) < 32 else b"\xd9" + _big(len(data), 1)) + data
 
 
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is an Orbax checkpoint itself, rather than one that holds it."""
+    return os.path.isfile(path / _INDEX)
+
+
 class OrbaxFolder:
     """`Tensors` over an Orbax checkpoint of one of this package's NNX models."""
 
@@ -278,7 +284,7 @@ class OrbaxFolder:
 
 def _orbax_names(path: Path) -> tuple[list[str], str]:
     """The name of every array, from the checkpoint's own metadata, and what stores them."""
-    index = path / "_METADATA"
+    index = path / _INDEX
     if not os.path.lexists(index):
         raise CheckpointError(f"{path}: not an Orbax checkpoint: it has no _METADATA")
     try:

@@ -20,7 +20,7 @@ from visualbert.checkpoint.archives import (
     read_yaml,
 )
 from visualbert.checkpoint.families import HUGGING_FACE, MMF, Family
-from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, MsgpackFile, OrbaxFolder
+from visualbert.checkpoint.flax_files import MSGPACK, ORBAX, MsgpackFile, OrbaxFolder, is_orbax
 from visualbert.checkpoint.keras_files import KERAS, KerasFile
 from visualbert.checkpoint.mapped import open_file
 from visualbert.checkpoint.read import (
@@ -34,14 +34,15 @@ from visualbert.checkpoint.read import (
 from visualbert.checkpoint.tensors import Tensors
 from visualbert.checkpoint.tf_bundle import BundleFiles
 from visualbert.checkpoint.torch_files import TorchFiles, open_torch
-from visualbert.checkpoint.warm_start import WarmStart, config_from_bert
+from visualbert.checkpoint.warm_start import WarmStart, assumed_fields, config_from_bert
 from visualbert.checkpoint.write import finish_commits
 from visualbert.config import CONFIG_FILE, MODEL_TYPE, VisualBertConfig, read_json_object
-from visualbert.errors import CheckpointError, ConfigError, HubError
+from visualbert.errors import CheckpointError, ConfigError
 from visualbert.schema import PREFIX, check_architecture
 
 DETECTOR = "detector.safetensors"
 BERT_CONFIG = "bert_config.json"
+PROCESSOR = ("processor_config.json", "tokenizer.json", "vocab.txt")  # what goes with a model
 NATIVE: dict[str, Callable[[str, Path], Tensors]] = {
     KERAS: KerasFile,
     ORBAX: OrbaxFolder,
@@ -50,7 +51,7 @@ NATIVE: dict[str, Callable[[str, Path], Tensors]] = {
 _BUNDLE = ".index"  # behind the name of a TensorFlow checkpoint
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # a zip, a pickle
-_SUFFIXES = (*WEIGHTS, ".tar", ".tar.gz", ".tgz", ".safetensors", ".h5", ".msgpack")
+_SUFFIXES = (*WEIGHTS, ".tar", ".tar.gz", ".tgz", ".safetensors", ".h5", ".keras", ".msgpack")
 _MMF_MODELS = ("model_config", "model_attributes")  # today's name, and Pythia's
 _MMF_FIELDS = (  # what MMF's configuration calls as this package does
     "num_attention_heads",
@@ -124,7 +125,7 @@ def open_checkpoint(
     written = families.rewrite(found.tensors, family)
     _refuse_pairs(written.tensors)
     chosen, notes = _settle(found, family, written.tensors, config, changes)
-    folder = path if path.is_dir() else path.parent
+    folder = _home(path)
     aside, beside = written.aside, folder / DETECTOR
     if aside is None and (path.is_dir() or found.config) and beside.is_file():
         aside = SafetensorsFiles(str(beside), [beside])
@@ -177,13 +178,13 @@ def open_bert(
         raise ConfigError(f"{where or label}: {error}") from None
     start = WarmStart(written.tensors, architecture, chosen, seed)
     notes |= {
+        "assumed": assumed_fields(architecture, chosen, values, changes),
         "copied from the text tables": start.derived,
         "drawn anew": start.fresh,
         "not needed": (*start.ignored, *written.dropped),
     }
-    folder = path if path.is_dir() else path.parent
     return Checkpoint(
-        *(label, chosen, start, folder, family, notes, None, found.files), found.tensors.format
+        *(label, chosen, start, _home(path), family, notes, None, found.files), found.tensors.format
     )
 
 
@@ -212,8 +213,17 @@ def _keeps_config(path: Path) -> bool:
         return False
     if os.path.lexists(path / CONFIG_FILE):
         return True
-    bare = _bundles(path) or _loose_files(path)
+    bare = is_orbax(path) or _bundles(path) or _loose_files(path)
     return has_weights(path) or any((path / name).exists() for name in NATIVE) or not bare
+
+
+def _home(path: Path) -> Path:
+    """The folder whose config.json and detector belong to a checkpoint: around a file or an Orbax
+    folder.
+    """
+    if os.path.isdir(path) and not is_orbax(path):
+        return path
+    return path.parent if path.name not in ("", "..") else path / ".."
 
 
 def _bert_values(path: Path) -> dict[str, Any]:
@@ -317,13 +327,18 @@ def _find(path: Path, label: str) -> _Found:
     for name, kind in NATIVE.items():
         if (path / name).exists():
             return _Found(kind(label, path / name), (path / name,), path / CONFIG_FILE)
+    if is_orbax(path):
+        config = _home(path) / CONFIG_FILE
+        found = config if config.is_file() else None
+        return _Found(OrbaxFolder(label, path), (path,), found)
     candidates = [*_bundles(path), *_loose_files(path)]
     if len(candidates) == 1:
         return _find_file(candidates[0], label)
     if candidates:
         raise CheckpointError(
             f"{label}: holds more than one weight file, {', '.join(c.name for c in candidates[:4])}"
-            "; name the one you mean"
+            + (f" and {len(candidates) - 4} more" if len(candidates) > 4 else "")
+            + "; name the one you mean"
         )
     raise CheckpointError(
         f"{path}: no weights found; looked for {SAFETENSORS} and {TORCH}, for the {INDEX[1:]} of "
@@ -400,7 +415,7 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
     path, name = Path(source), os.fspath(source)
     if not name.strip():
         raise CheckpointError("the checkpoint's name is empty; expected a folder or a Hub id")
-    finish_commits(path if os.path.isdir(path) else path.parent)
+    finish_commits(_home(path))
     if os.path.exists(path) or os.path.isfile(name + _BUNDLE):
         return path
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
@@ -410,43 +425,22 @@ def find_source(source: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from visualbert.hub import fetch
 
-    configs = [CONFIG_FILE, BERT_CONFIG, DETECTOR]
-    patterns = [*configs, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
-    pickles = [*configs, TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
+    beside = [CONFIG_FILE, BERT_CONFIG, DETECTOR, *PROCESSOR]
+    patterns = [*beside, SAFETENSORS, SAFETENSORS + INDEX, "model-*.safetensors"]
+    pickles = [*beside, TORCH, TORCH + INDEX, "pytorch_model-*.bin"]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder = fetch(name, revision, patterns, "folder")
         if not any(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=pickles))
-    except HFValidationError:
+            folder = fetch(name, revision, pickles, "folder")
+    except ValueError:
         raise CheckpointError(
             f"{name}: no such folder, and not a Hub id of the form owner/name"
         ) from None
-    except Exception as error:  # the client raises what a proxy's answer makes it trip over
-        at = f" at revision {revision}" if revision else ""
-        raise HubError(
-            f"{name}: no such folder here, and the Hub did not give it{at} ({_hub_reason(error)}); "
-            "check the name and the connection, or pass a local folder"
-        ) from error
     if not folder.is_dir():
         raise CheckpointError(
             f"{name}: the repository holds no checkpoint; looked for {CONFIG_FILE}, {SAFETENSORS} "
             f"and {TORCH}"
         )
     return folder
-
-
-def _hub_reason(error: Exception) -> str:
-    from huggingface_hub import errors
-
-    known = (
-        (errors.GatedRepoError, "access to this repository has to be asked for there"),
-        (errors.RepositoryNotFoundError, "no such repository, or it is private: hf auth login"),
-        (errors.RevisionNotFoundError, "the repository has no such revision"),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-        (errors.LocalEntryNotFoundError, "it cannot be reached, and nothing is in the cache"),
-    )
-    reason = next((words for kind, words in known if isinstance(error, kind)), None)
-    return reason or (str(error).strip() or type(error).__name__).splitlines()[0].strip()

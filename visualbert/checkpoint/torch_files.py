@@ -32,6 +32,8 @@ _MOST_AXES = 32
 _MOST_INDEX = 1 << 22  # bytes of a zip's directory
 _EXPANDED = 1 << 26  # bytes that a view may have although its file is smaller
 
+_KERAS = ("config.json", "metadata.json", "model.weights.h5")  # members of another kind of zip
+
 _STORAGES = {
     "Double": "float64",
     "Float": "float32",
@@ -298,8 +300,9 @@ def open_torch(path: Path, file: BinaryIO | None = None) -> TorchFile:
         ) from None
     except pickles.Refused as error:
         raise CheckpointError(
-            f"{path}: refused, because it is not weights alone: it asks for {error} "
-            "(such a file can run code when it is loaded)"
+            f"{path}: refused, because it is not weights alone: it asks for {error}; where its "
+            "code is at hand and trusted, torch.save(model.state_dict(), FILE) writes the weights "
+            "alone (such a file can run code when it is loaded)"
         ) from None
     except (pickles.Broken, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(
@@ -310,7 +313,14 @@ def open_torch(path: Path, file: BinaryIO | None = None) -> TorchFile:
 
 def _open_archive(path: Path, file: BinaryIO) -> TorchFile:
     with zipfile.ZipFile(_Bounded(file)) as archive:  # type: ignore[arg-type]
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+        names = archive.namelist()
+        if set(_KERAS) <= set(names):
+            raise CheckpointError(
+                f"{path}: a Keras archive, as model.save writes it: it holds a program beside the "
+                'weights; load it with Keras, write model.save_weights("model.weights.h5") and '
+                "give that file"
+            )
+        if any(name.endswith("/constants.pkl") for name in names):
             raise pickles.Refused("a program: it is a TorchScript archive")
         members = _members(archive, file)
         sums = {

@@ -6,6 +6,7 @@ the BERT lacks are drawn anew, in the BERT's type. `derived` and `fresh` list wh
 of the file.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from visualbert.checkpoint.match import _rename
 from visualbert.checkpoint.tensors import Spec, Tensors, cast, common_dtype
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, ConfigError
-from visualbert.schema import COPIED, IGNORED, PREFIX, TIED, parameters
+from visualbert.schema import COPIED, DIMENSIONS, IGNORED, PREFIX, TIED, parameters
 
 _BERT_PREFIX = "bert."
 _NEEDED = ("embeddings.", "encoder.layer.")  # BERTs without a pooler or a head are BERTs
@@ -35,6 +36,12 @@ _SHARED_FIELDS = (
     "layer_norm_eps",
     "pad_token_id",
 )
+
+_ASSUMED = {  # what a BERT does not say, and the option that does
+    "num_attention_heads": "--set num_attention_heads=N",
+    "visual_embedding_dim": "--visual-embedding-dim F",
+    "num_labels": "--set num_labels=N",
+}
 
 
 def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig:
@@ -57,6 +64,22 @@ def config_from_bert(values: dict[str, Any], **changes: Any) -> VisualBertConfig
         raise ConfigError(f"VisualBERT cannot start from a BERT with {', '.join(unlike)}")
     shared = {key: values[key] for key in _SHARED_FIELDS if key in values}
     return VisualBertConfig.from_dict(shared, **changes)
+
+
+def assumed_fields(
+    architecture: str, config: VisualBertConfig, values: Collection[str], changes: Collection[str]
+) -> tuple[str, ...]:
+    """A line for each size of `architecture` that neither a BERT's `values` nor `changes` say."""
+    used = {DIMENSIONS.get(s) for p in parameters(architecture, config) for s in p.symbols.split()}
+    used.add("num_attention_heads")
+    said = {*(name for name in _SHARED_FIELDS if name in values), *changes}
+    if "id2label" in said:
+        said.add("num_labels")
+    return tuple(
+        f"{name}={getattr(config, name)} (if not, {option})"
+        for name, option in _ASSUMED.items()
+        if name in used and name not in said
+    )
 
 
 class WarmStart:

@@ -51,6 +51,9 @@ _OURS = re.compile(  # the files of a checkpoint in any format
     r"(config|conversion)\.json|model\.weights\.h5|flax_model\.msgpack|orbax|"
     r"(model|pytorch_model|detector)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
+_BESIDE = re.compile(  # and what else is written through `replace_files`
+    r"(processor_config|tokenizer)\.json|vocab\.txt|.+\.safetensors"
+)
 _ALIGNMENT = 64  # bytes; TensorFlow's, the largest
 
 
@@ -108,13 +111,13 @@ def replace_files(
 def held_files(folder: Path) -> list[str]:
     """The names in `folder` that belong to a checkpoint of any format."""
     try:
-        return sorted(name for name in os.listdir(folder) if _is_ours(name))
+        return sorted(name for name in os.listdir(folder) if _OURS.fullmatch(name))
     except OSError:  # it is not there, or cannot be read: writing will say so
         return []
 
 
 def _is_ours(name: object) -> bool:
-    return isinstance(name, str) and _OURS.fullmatch(name) is not None
+    return isinstance(name, str) and bool(_OURS.fullmatch(name) or _BESIDE.fullmatch(name))
 
 
 def _replace(folder: Path, new: Path, remove: list[str]) -> None:

@@ -4,16 +4,16 @@ A user's mistake ends in one sentence on standard error and exit status 2, never
 check that fails ends in 1.
 """
 
-import argparse
 import importlib
 import io
 import os
 import sys
 
 from visualbert import __version__
+from visualbert.cli.parser import Parser
 from visualbert.errors import VisualBertError
 
-COMMANDS = ("inspect", "convert", "verify")
+COMMANDS = ("inspect", "convert", "verify", "answer", "scenes")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # no character is worth a traceback
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.error(f"expected a command: {', '.join(COMMANDS)}")
     try:
         status = args.run(args)
         sys.stdout.flush()
@@ -48,14 +51,14 @@ def _fail(command: str, message: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="visualbert",
         description="VisualBERT in PyTorch, TensorFlow and Flax: inspect, convert and verify "
         "checkpoints.",
     )
     parser.add_argument("--version", action="version", version=f"visualbert {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         importlib.import_module(f"visualbert.cli.{name}").register(commands)
     return parser

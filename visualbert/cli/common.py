@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from visualbert.errors import UsageError
+from visualbert.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +29,7 @@ def add_source(parser: argparse.ArgumentParser, name: str = "path") -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument(
         "--architecture",
+        type=_architecture,
         metavar="CLASS",
         help="class to read it as, where it does not say (VisualBertModel, "
         "VisualBertForPreTraining, …)",
@@ -44,10 +46,22 @@ def add_source(parser: argparse.ArgumentParser, name: str = "path") -> None:
     )
 
 
+def _architecture(name: str) -> str:
+    from visualbert.cli.parser import nearest
+    from visualbert.schema import ARCHITECTURES, check_architecture
+
+    try:
+        return check_architecture(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error}{nearest(name, ARCHITECTURES)}") from None
+
+
 def open_any(args: argparse.Namespace) -> "Checkpoint":
     """The checkpoint that the options of `add_source` describe."""
     from visualbert.pretrained import open_checkpoint
 
+    if args.config is not None and not os.path.exists(args.config):
+        raise UsageError(f"--config {args.config}: no such file")
     source = args.path if "path" in args else args.src
     return open_checkpoint(source, revision=args.revision, config=args.config, **read_changes(args))
 
@@ -56,17 +70,25 @@ def read_changes(args: argparse.Namespace) -> dict[str, Any]:
     """What --set says, values as JSON where they are some.
 
     Raises:
-        UsageError: an entry has no `=`.
+        UsageError: an entry has no `=`, or its key is no field of the configuration.
     """
+    from visualbert.cli.parser import nearest
+    from visualbert.config import VisualBertConfig
+
+    known = [f.name for f in dataclasses.fields(VisualBertConfig) if f.name != "extra"]
     changes = {}
     for entry in args.set:
         key, equals, text = entry.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"--set {entry!r} is not of the form KEY=VALUE")
+        key = key.strip()
+        if key not in known:
+            hint = nearest(key, known, 2, 0.5) or f"; it has {', '.join(known)}"
+            raise UsageError(f"--set {key}: the configuration has no such field{hint}")
         try:
-            changes[key.strip()] = json.loads(text)
+            changes[key] = json.loads(text)
         except (ValueError, RecursionError):
-            changes[key.strip()] = text
+            changes[key] = text
     return changes
 
 
@@ -138,11 +160,19 @@ def worded(message: str) -> str:
 def choose_architecture(checkpoint: "Checkpoint", asked: str | None) -> str:
     """The class that the option or else the config names."""
     from visualbert.pretrained import architecture_of
-    from visualbert.schema import check_architecture
 
     if asked is not None:
-        return check_architecture(asked)
+        return asked
     return architecture_of(checkpoint.config, checkpoint.label)
+
+
+def notes_of(checkpoint: "Checkpoint", asked: str | None) -> dict[str, tuple[str, ...]]:
+    """What was done to a checkpoint, and to what; a class that was asked for is not inferred."""
+    notes = dict(checkpoint.notes)
+    if asked is not None:
+        lines = notes.get("inferred", ())
+        notes["inferred"] = tuple(x for x in lines if not x.startswith("architecture="))
+    return {note: names for note, names in notes.items() if names}
 
 
 def console(stderr: bool = False) -> "Console":
@@ -193,13 +223,33 @@ def byte_progress(title: str, tensors: "Tensors") -> Iterator[Callable[[int], ob
 
 
 @contextlib.contextmanager
-def step_progress(title: str) -> Iterator[Callable[[str], object]]:
-    """A spinner that names the step at hand, on standard error when that is a terminal."""
+def count_progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """A progress bar over things that are counted, on standard error when that is a terminal."""
     if not sys.stderr.isatty():
-        yield lambda step: None
+        yield lambda count: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total, completed=done)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextlib.contextmanager
+def step_progress(title: str) -> Iterator[Callable[[str], object]]:
+    """Names the step at hand on standard error: by a spinner on a terminal, by a line in a log."""
+    if not sys.stderr.isatty():
+        yield lambda step: print(f"{title}: {step}", file=sys.stderr, flush=True)
         return
     with console(stderr=True).status(title) as status:
         yield lambda step: status.update(f"{title}: {step}")
+
+
+def counted(count: int, word: str) -> str:
+    """A number of things: 1 head, 2 heads."""
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 def megabytes(size: int) -> str:

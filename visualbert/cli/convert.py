@@ -1,10 +1,12 @@
 """`visualbert convert`: from any family of files to the canonical folder or a framework's own."""
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from visualbert.config import VisualBertConfig
     from visualbert.pretrained import Checkpoint
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 FORMATS = ("safetensors", "keras", "flax", "msgpack", "bin")
 RECORD = "conversion.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,9 +43,7 @@ def register(commands: Any) -> None:
     add_source(parser, "src")
     parser.add_argument("dst", help="folder to write")
     parser.add_argument("--to", choices=FORMATS, default="safetensors", help="format of DST")
-    parser.add_argument(
-        "--dtype", help="float32, float64, float16 or bfloat16; as in SRC if left out"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="type of DST; as in SRC if left out")
     parser.add_argument("--new-head", action="store_true", help="draw the task head anew")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that DST holds")
     parser.add_argument(
@@ -136,23 +137,20 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what became of every tensor."""
     digests = Digests()
     digests.start(_likely_files(args.src))  # while everything else is imported
-    from visualbert.checkpoint.tensors import dtype_name
-    from visualbert.cli.common import megabytes, worded
-    from visualbert.schema import check_architecture
+    from visualbert.checkpoint.write import shards
+    from visualbert.cli.common import counted, megabytes, worded
 
     dst = Path(args.dst)
-    if args.dtype is not None:
-        dtype_name(args.dtype)  # a wrong one is an error before anything is fetched
-    if args.architecture is not None:
-        check_architecture(args.architecture)
     largest = _shard_size(args)
     _refuse_to_overwrite(dst, args.src, args.force)
     plan = _prepare(args)
     _refuse_to_replace(dst, plan.files.values())
     size = write(dst, plan, args, largest, digests)
+    files = len(shards(plan.tensors, largest)) if largest else 1
     lines = [
         f"{args.src} → {dst} ({args.to}): {plan.architecture}, "
-        f"{len(plan.tensors.specs)} tensors, {megabytes(size)}",
+        f"{counted(len(plan.tensors.specs), 'tensor')}, {megabytes(size)}"
+        + (f" in {files} shards" if files > 1 else ""),
         f"  read as: {plan.checkpoint.family.title} ({plan.checkpoint.format})",
         *(f"  {note}: {', '.join(names)}" for note, names in plan.notes.items() if names),
     ]
@@ -236,19 +234,20 @@ def _prepare(args: argparse.Namespace) -> Plan:
     """Canonical tensors under canonical names, the config for them, and what to tell about them."""
     from visualbert.checkpoint.initial import InitialValues
     from visualbert.checkpoint.match import check_ties, match
-    from visualbert.checkpoint.tensors import common_dtype, dtype_name
+    from visualbert.checkpoint.tensors import common_dtype
+    from visualbert.cli.common import notes_of
 
     checkpoint, architecture = _open(args)
     config = checkpoint.config
     found = match(checkpoint.tensors, architecture, config, new_head=args.new_head)
     check_ties(checkpoint.tensors, found)
-    notes = dict(checkpoint.notes)
+    notes = notes_of(checkpoint, args.architecture)
     notes.setdefault("not needed", found.ignored)
     notes.setdefault("drawn anew", found.fresh)
     notes["tied, kept once"] = tuple(sorted(found.ties))
     if checkpoint.aside is not None:
         notes["kept beside the model"] = tuple(checkpoint.aside.specs)
-    chosen = dtype_name(args.dtype) if args.dtype else common_dtype(checkpoint.tensors)
+    chosen = args.dtype or common_dtype(checkpoint.tensors)
     extra = {k: v for k, v in config.extra.items() if k not in ("dtype", "torch_dtype")}
     config = config.replace(architectures=(architecture,), extra={**extra, "dtype": chosen})
     tensors = Canonical(
@@ -356,7 +355,7 @@ def _writers(
     plan: Plan, args: argparse.Namespace, largest: int | None, progress: Any, record: Any
 ) -> dict[str, Any]:
     """Every file but the record, by name."""
-    from visualbert.checkpoint.open import DETECTOR
+    from visualbert.checkpoint.open import DETECTOR, PROCESSOR
     from visualbert.checkpoint.write import write_safetensors
     from visualbert.config import CONFIG_FILE
     from visualbert.schema import parameters
@@ -372,6 +371,10 @@ def _writers(
         writers = {name: lambda path: native(path, plan.tensors, params, progress)}
     if aside is not None:
         writers[DETECTOR] = lambda path: write_safetensors(path, aside)
+    for name in PROCESSOR:  # which belong to the model in any format
+        own = plan.checkpoint.folder / name
+        if own.is_file():
+            writers[name] = functools.partial(shutil.copyfile, own)
     text = config.to_json_string()
     writers[CONFIG_FILE] = lambda path: path.write_text(text, encoding="utf-8")
     return writers

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if the checkpoint has a defect."""
     from rich.markup import escape
 
-    from visualbert.cli.common import choose_architecture, console, open_any, worded
+    from visualbert.cli.common import choose_architecture, console, notes_of, open_any, worded
     from visualbert.schema import parameters
 
     checkpoint = open_any(args)
@@ -40,9 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if args.schema:
         out.print(_schema(parameters(architecture, config), config))
     out.print(_file_line(checkpoint.tensors))
-    for note, names in checkpoint.notes.items():
-        if names:
-            out.print(worded(f"{note}: {', '.join(names)}"), soft_wrap=True, markup=False)
+    for note, names in notes_of(checkpoint, args.architecture).items():
+        out.print(worded(f"{note}: {', '.join(names)}"), soft_wrap=True, markup=False)
     if checkpoint.aside is not None:
         out.print(f"beside the model: {_file_line(checkpoint.aside)}", soft_wrap=True)
     defects = find_defects(checkpoint, architecture)
@@ -59,7 +58,7 @@ def find_defects(checkpoint: Any, architecture: str) -> list[str]:
 
     from visualbert.checkpoint.match import check_ties, match
     from visualbert.checkpoint.tensors import DTYPES
-    from visualbert.cli.common import verify_checksum
+    from visualbert.cli.common import counted, verify_checksum
 
     tensors = checkpoint.tensors
     defects = []
@@ -76,21 +75,21 @@ def find_defects(checkpoint: Any, architecture: str) -> list[str]:
             values = tensors.read(name)
             bad = values.size - int(np.isfinite(values).sum())
             if bad:
-                defects.append(f"{name} holds {bad} values that are not finite")
+                are = "is" if bad == 1 else "are"
+                defects.append(f"{name} holds {counted(bad, 'value')} that {are} not finite")
     return defects
 
 
 def _config_line(config: Any) -> str:
-    layers, labels = (
-        f"{count} {word}{'s' * (count != 1)}"
-        for count, word in ((config.num_hidden_layers, "layer"), (config.num_labels, "label"))
-    )
+    from visualbert.cli.common import counted
+
     fusion = ", late fusion" if config.bypass_transformer else ""
     return (
-        f"{layers}, hidden {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, feed-forward {config.intermediate_size}, "
-        f"{config.vocab_size} words, {config.max_position_embeddings} positions, "
-        f"region features {config.visual_embedding_dim} wide, {labels}{fusion}"
+        f"{counted(config.num_hidden_layers, 'layer')}, hidden {config.hidden_size}, "
+        f"{counted(config.num_attention_heads, 'head')}, feed-forward {config.intermediate_size}, "
+        f"{counted(config.vocab_size, 'word')}, "
+        f"{counted(config.max_position_embeddings, 'position')}, region features "
+        f"{config.visual_embedding_dim} wide, {counted(config.num_labels, 'label')}{fusion}"
     )
 
 
@@ -114,11 +113,12 @@ def _file_line(tensors: Any) -> str:
     from collections import Counter
 
     from visualbert.checkpoint.tensors import total_bytes
-    from visualbert.cli.common import megabytes
+    from visualbert.cli.common import counted, megabytes
 
     counts = Counter(spec.dtype for spec in tensors.specs.values())
     types = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
-    return f"stored: {len(tensors.specs)} tensors ({types}), {megabytes(total_bytes(tensors))}"
+    tensors_of = counted(len(tensors.specs), "tensor")
+    return f"stored: {tensors_of} ({types}), {megabytes(total_bytes(tensors))}"
 
 
 def _schema(params: Any, config: Any) -> Any:

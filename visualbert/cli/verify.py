@@ -2,12 +2,18 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from visualbert.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from visualbert.pretrained import Checkpoint
+
+DTYPES = ("float64", "float32")
 
 
 def register(commands: Any) -> None:
@@ -27,7 +33,9 @@ def register(commands: Any) -> None:
         "--against", choices=["transformers"], help="compare with transformers' own class as well"
     )
     parser.add_argument("--inputs", metavar="FILE", help="safetensors file of inputs by name")
-    parser.add_argument("--dtype", default="float64", help="float64 (the default) or float32")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="type to compute in (float64)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -40,29 +48,16 @@ def register(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify, print the table, and return 1 if something differs."""
-    from visualbert.cli.common import (
-        choose_architecture,
-        console,
-        open_any,
-        step_progress,
-        verify_checksum,
-    )
-
-    if args.tolerance is not None and not 0 < args.tolerance < math.inf:
-        raise UsageError(f"--tolerance {args.tolerance} must be a positive number")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
-        raise UsageError(f"--json {args.json}: not a file in a folder that exists")
-    backends = _backends(args.backends, args.against)
-    from visualbert.checkpoint.read import find_weights
+    from visualbert.cli.common import console, load_backend, step_progress
     from visualbert.parity import verify
 
-    checkpoint = open_any(args)
-    architecture = choose_architecture(checkpoint, args.architecture)
-    verify_checksum(checkpoint)
-    if args.against:
-        find_weights(checkpoint.folder)  # a framework's own format is none that it could read
-    cases = _read_cases(Path(args.inputs), architecture) if args.inputs else None
+    _check_options(args)
+    backends = _backends(args.backends, args.against)
+    checkpoint, architecture, cases = _open(args)
     with step_progress("verifying") as progress:
+        for name in [*backends, *([args.against] if args.against else [])]:
+            progress(f"importing {name}")
+            load_backend(name)
         report = verify(
             checkpoint,
             architecture,
@@ -77,6 +72,31 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(_json(report), encoding="utf-8")
     return 0 if report.passed else 1
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.tolerance is not None and not 0 < args.tolerance < math.inf:
+        raise UsageError(f"--tolerance {args.tolerance} must be a positive number")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).absolute().parent.is_dir()):
+        raise UsageError(f"--json {args.json}: not a file in a folder that exists")
+
+
+def _open(args: argparse.Namespace) -> tuple["Checkpoint", str, Any]:
+    """The checkpoint, its class and the cases; all that can be wrong with them is said here, as
+    importing a framework takes seconds.
+    """
+    from visualbert.checkpoint.match import match
+    from visualbert.checkpoint.read import find_weights
+    from visualbert.cli.common import choose_architecture, open_any, verify_checksum
+
+    checkpoint = open_any(args)
+    architecture = choose_architecture(checkpoint, args.architecture)
+    cases = _read_cases(Path(args.inputs), architecture) if args.inputs else None
+    if args.against:
+        find_weights(checkpoint.folder)  # a framework's own format is none that it could read
+    match(checkpoint.tensors, architecture, checkpoint.config)
+    verify_checksum(checkpoint)
+    return checkpoint, architecture, cases
 
 
 def _read_cases(path: Path, architecture: str) -> Any:
@@ -99,15 +119,19 @@ def _json(report: Any) -> str:
 
 
 def _backends(asked: str | None, against: str | None) -> list[str]:
-    from visualbert.backend import backend_names
-    from visualbert.cli.common import load_backend
+    """The names that were asked for, known and installed; no framework is imported to see that."""
+    from visualbert.backend import backend_names, get_backend
 
-    names = asked.split(",") if asked is not None else backend_names(installed=True)
+    installed = backend_names(installed=True)
+    names = asked.split(",") if asked is not None else installed
     names = list(dict.fromkeys(name.strip() for name in names))
     if not names:
         raise UsageError("no framework is installed: pip install visualbert[all]")
-    for name in [*names, *([against] if against else [])]:
-        load_backend(name)  # an unknown or missing one is an error before anything is loaded
+    absent = [name for name in names if name not in installed]
+    if against and importlib.util.find_spec(against) is None:
+        absent.append(against)
+    for name in absent:
+        get_backend(name)  # says what it is, or what it needs
     return names
 
 

@@ -1,7 +1,7 @@
 """Flax (NNX) as a backend: five leaves, and how its arrays go in and out."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,18 @@ class FlaxBackend:
         with _precision(model.dtype):
             output = model(**inputs)
         return {name: np.asarray(value) for name, value in flatten_outputs(output)}
+
+    def compiled(
+        self, model: Any, **options: Any
+    ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+        run = nnx.jit(lambda model, inputs: dict(flatten_outputs(model(**inputs, **options))))
+
+        def call(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+            with _precision(model.dtype):
+                found = run(model, {name: jnp.asarray(x) for name, x in inputs.items()})
+            return {name: np.asarray(value) for name, value in found.items()}
+
+        return call
 
     def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         with _precision(model.dtype):

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 from jax.nn import dot_product_attention, gelu, relu, silu
 
-from visualbert.config import VisualBertConfig
+from visualbert.config import VisualBertConfig, checked
 from visualbert.inputs.contract import (
     check_answer_position,
     check_inputs,
@@ -395,7 +395,7 @@ class FlaxVisualBertModel(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.embeddings = Embeddings(config, **kw)
         self.encoder = Encoder(config, **kw)
         self.pooler = Pooler(config, **kw)
@@ -416,6 +416,7 @@ class FlaxVisualBertModel(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
 
@@ -436,6 +437,7 @@ class FlaxVisualBertModel(PreTrainedModel):
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
+            return_dict: False gives the plain tuple, `to_tuple()`, of what is returned.
 
         Returns:
             `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
@@ -486,6 +488,7 @@ class FlaxVisualBertModel(PreTrainedModel):
             pooler_output=self.pooler(hidden_states[-1], text_mask),
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
+            return_dict=return_dict,
         )
 
 
@@ -496,7 +499,7 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.cls = PreTrainingHeads(config, **kw)
         self.initialise(seed)
@@ -514,10 +517,11 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         sentence_image_labels: Array | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in
+        """Run the model and, with labels, its pretraining losses; the other arguments are those of
         `VisualBertModel`.
 
         Args:
@@ -560,6 +564,7 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
             seq_relationship_logits=match_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -570,7 +575,7 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
         self.cls = Linear(config.hidden_size, 1, **kw)
@@ -589,9 +594,11 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
+        """Score each choice; the other arguments are those of `VisualBertModel`. Text inputs carry
+        a choice axis, (B, C, T); region inputs may.
 
         Args:
             labels: (B,) the right choice; -100 and -1 are ignored.
@@ -627,6 +634,7 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -637,7 +645,7 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
         self.cls = classifier(config, **kw)
@@ -656,10 +664,11 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
         """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
-        [SEP]`.
+        [SEP]`; the other arguments are those of `VisualBertModel`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
@@ -692,6 +701,7 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
     def answer_position(self, attention_mask, sequence, text):
@@ -714,7 +724,7 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
         self.cls = classifier(config, **kw)
@@ -733,9 +743,11 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
+        """Classify text and regions from the pooled first position; the other arguments are those
+        of `VisualBertModel`.
 
         Args:
             labels: (B,) classes; -100 and -1 are ignored.
@@ -764,6 +776,7 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -777,7 +790,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         kw = module_options(**kw)
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = FlaxVisualBertModel(config, seed=None, **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, **kw)
         self.cls = PreTrainingHeads(config, **kw)
@@ -797,10 +810,11 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         region_to_phrase_position: Array | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Score every region for every phrase; other inputs as in `VisualBertModel`.
+        """Score every region for every phrase; the other arguments are those of `VisualBertModel`.
 
         Args:
             region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
@@ -846,6 +860,7 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 

@@ -94,14 +94,27 @@ def check_inputs(
         "L": (config.num_labels, ""),
     }
     sizes |= {axis: (size, "") for axis, size in known.items()}
+    check_arrays(where, inputs)
     if where == "VisualBertModel":
         _check_presence(config, inputs)
     for name, expected in table.items():
         array = inputs.get(name)
         if array is not None:
-            _check_array(name, array)
             _check_shape(name, expected, tuple(array.shape), sizes)
             _check_values(name, expected, look(array), sizes, config)
+
+
+def check_arrays(where: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse what is no array, or holds another kind of values than the input takes.
+
+    Raises:
+        InputError: the first such input.
+    """
+    for name, expected in (BODY_INPUTS | INPUTS[where]).items():
+        array = inputs.get(name)
+        if array is not None:
+            _check_array(name, array)
+            _check_kind(name, expected, array)
 
 
 def is_floating(where: str, name: str) -> bool:
@@ -154,6 +167,7 @@ def flatten_choices(
         if x is None:
             flat[name] = None
             continue
+        _check_array(name, x)
         axes = BODY_INPUTS[name].axes.split("|")[0].split()
         shape = tuple(x.shape)
         if len(shape) == len(axes) and "V" in axes[1]:
@@ -228,8 +242,18 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
 def _check_array(name: str, x: Any) -> None:
     if not hasattr(x, "shape"):
         raise InputError(
-            f"{name} is a {type(x).__name__}, expected an array of the framework or of numpy"
+            f"{name} is a {type(x).__name__}, expected an array of the framework or of numpy; "
+            "convert it, as with numpy.asarray"
         )
+
+
+def _check_kind(name: str, expected: Input, x: Any) -> None:
+    """Masks and features may have any numbers; what is looked up in a table is an integer."""
+    kind = str(getattr(x.dtype, "name", x.dtype)).rpartition(".")[2]  # torch.int64, 'int64'
+    index = expected.high is not None and not name.endswith("_mask")
+    words = "integers" if index else "numbers"
+    if not kind.startswith(("int", "uint", "bool", *([] if index else ["float", "bfloat"]))):
+        raise InputError(f"{name} is of type {kind}, expected {words}; convert it")
 
 
 def _check_shape(

@@ -1,6 +1,6 @@
 """PyTorch as a backend: five leaves, and how its arrays go in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -54,6 +54,11 @@ class TorchBackend:
         with torch.no_grad():
             output = model(**inputs)
         return {name: to_numpy(value) for name, value in flatten_outputs(output)}
+
+    def compiled(
+        self, model: torch.nn.Module, **options: Any
+    ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+        return lambda inputs: self.call(model, {**inputs, **options})
 
     def gradients(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables = self.variables(model)

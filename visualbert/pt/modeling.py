@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.functional import gelu, relu, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
-from visualbert.config import VisualBertConfig
+from visualbert.config import VisualBertConfig, checked
 from visualbert.errors import UsageError
 from visualbert.inputs.contract import (
     check_answer_position,
@@ -414,7 +414,7 @@ class VisualBertModel(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
@@ -435,6 +435,7 @@ class VisualBertModel(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
 
@@ -455,6 +456,7 @@ class VisualBertModel(PreTrainedModel):
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
+            return_dict: False gives the plain tuple, `to_tuple()`, of what is returned.
 
         Returns:
             `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
@@ -505,6 +507,7 @@ class VisualBertModel(PreTrainedModel):
             pooler_output=self.pooler(hidden_states[-1], text_mask),
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
+            return_dict=return_dict,
         )
 
 
@@ -515,7 +518,7 @@ class VisualBertForPreTraining(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = VisualBertModel(config, seed=None)
         self.cls = PreTrainingHeads(config)
         self.initialise(seed)
@@ -533,10 +536,11 @@ class VisualBertForPreTraining(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         sentence_image_labels: Array | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in
+        """Run the model and, with labels, its pretraining losses; the other arguments are those of
         `VisualBertModel`.
 
         Args:
@@ -579,6 +583,7 @@ class VisualBertForPreTraining(PreTrainedModel):
             seq_relationship_logits=match_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -589,7 +594,7 @@ class VisualBertForMultipleChoice(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.cls = Linear(config.hidden_size, 1)
@@ -608,9 +613,11 @@ class VisualBertForMultipleChoice(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
+        """Score each choice; the other arguments are those of `VisualBertModel`. Text inputs carry
+        a choice axis, (B, C, T); region inputs may.
 
         Args:
             labels: (B,) the right choice; -100 and -1 are ignored.
@@ -646,6 +653,7 @@ class VisualBertForMultipleChoice(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -656,7 +664,7 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.cls = classifier(config)
@@ -675,10 +683,11 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
         """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
-        [SEP]`.
+        [SEP]`; the other arguments are those of `VisualBertModel`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
@@ -711,6 +720,7 @@ class VisualBertForQuestionAnswering(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
     def answer_position(self, attention_mask, sequence, text):
@@ -734,7 +744,7 @@ class VisualBertForVisualReasoning(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.cls = classifier(config)
@@ -753,9 +763,11 @@ class VisualBertForVisualReasoning(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
+        """Classify text and regions from the pooled first position; the other arguments are those
+        of `VisualBertModel`.
 
         Args:
             labels: (B,) classes; -100 and -1 are ignored.
@@ -784,6 +796,7 @@ class VisualBertForVisualReasoning(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -797,7 +810,7 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
 
     def __init__(self, config: VisualBertConfig, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = VisualBertModel(config, seed=None)
         self.dropout = Dropout(config.hidden_dropout_prob)
         self.cls = PreTrainingHeads(config)
@@ -817,10 +830,11 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         region_to_phrase_position: Array | None = None,
         labels: Array | None = None,
     ) -> ModelOutput:
-        """Score every region for every phrase; other inputs as in `VisualBertModel`.
+        """Score every region for every phrase; the other arguments are those of `VisualBertModel`.
 
         Args:
             region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
@@ -866,6 +880,7 @@ class VisualBertForRegionToPhraseAlignment(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 

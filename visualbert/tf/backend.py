@@ -1,6 +1,6 @@
 """TensorFlow (Keras 3) as a backend: five leaves, and how its arrays go in and out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -51,6 +51,17 @@ class TensorFlowBackend:
 
     def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in flatten_outputs(model(**inputs))}
+
+    def compiled(
+        self, model: keras.Model, **options: Any
+    ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+        run = tf.function(lambda inputs: dict(flatten_outputs(model(**inputs, **options))))
+
+        def call(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+            found = run({name: tf.constant(x) for name, x in inputs.items()})
+            return {name: value.numpy() for name, value in found.items()}
+
+        return call
 
     def gradients(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables = self.variables(model)

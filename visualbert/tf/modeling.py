@@ -9,6 +9,7 @@ A aligned positions  E phrases  L labels  W words
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,15 +20,17 @@ import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor as Array
 
-from visualbert.config import VisualBertConfig
-from visualbert.errors import InputError
+from visualbert.config import VisualBertConfig, checked
+from visualbert.errors import InputError, UsageError
 from visualbert.inputs.contract import (
     check_answer_position,
+    check_arrays,
     check_inputs,
     flatten_choices,
     is_floating,
     require,
 )
+from visualbert.keywords import did_you_mean
 from visualbert.outputs import ModelOutput, model_output
 from visualbert.pretrained import PreTrained
 
@@ -458,8 +461,14 @@ class PreTrainedModel(PreTrained, keras.Model):
 
     def __call__(self, *args: Any, **kw: Any) -> Any:
         if args and isinstance(args[0], Mapping):  # as `fit` and `predict` pass their batches
-            return super().__call__(*args[1:], **args[0], **kw)
-        return super().__call__(*args, **kw)
+            args, kw = args[1:], {**args[0], **kw}
+        signature = inspect.signature(self.call)
+        for name in kw.keys() - signature.parameters:
+            way = did_you_mean(name, signature.parameters)
+            raise InputError(f"{type(self).__name__} takes no input {name!r}{way}")
+        inputs = signature.bind(*args, **kw).arguments
+        check_arrays(self.architecture, inputs)  # before Keras converts them
+        return super().__call__(**inputs)
 
     def build(self, input_shape: Any = None) -> None:
         """Make every variable; done by the constructor."""
@@ -473,11 +482,95 @@ class PreTrainedModel(PreTrained, keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The model's own loss where the batch carries labels, the compiled one elsewhere
         (Keras).
+
+        Raises:
+            InputError: there are neither labels nor targets for a compiled loss.
+            UsageError: examples are weighted, and the loss is the model's own.
         """
         loss = getattr(y_pred, "loss", None)
-        if loss is not None:
-            return loss + sum(self.losses)
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if loss is None:
+            y, y_pred, sample_weight = self.compared(x, y, y_pred, sample_weight)
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        if sample_weight is not None:
+            raise UsageError(
+                f"{type(self).__name__} computes its loss from labels, without sample_weight and "
+                "class_weight; pass a loss that they shall weigh to compile(), and the labels to "
+                "fit() as y"
+            )
+        return loss + sum(self.losses)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Compiled metrics compare labels, in the batch or beside it, with logits (Keras).
+
+        They count ignored labels, which only the model's loss leaves out.
+        """
+        if self._compile_metrics is not None:
+            y, y_pred, sample_weight = self.compared(x, y, y_pred, sample_weight)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def train_step(self, data):
+        """A step of `fit` (Keras)."""
+        return super().train_step(self.labelled(data))
+
+    def test_step(self, data):
+        """A step of `evaluate` (Keras)."""
+        return super().test_step(self.labelled(data))
+
+    def labelled(self, data: Any) -> Any:
+        """A batch whose targets `y`, unless a loss was compiled for them, are the model's labels.
+
+        Raises:
+            InputError: they are for a body, which has no loss.
+        """
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if y is None or self.loss is not None:
+            return data
+        if self.architecture == "VisualBertModel":
+            raise self.without_loss()
+        x = x if isinstance(x, Mapping) else {"input_ids": x}
+        y = y if isinstance(y, Mapping) else {"labels": y}
+        return {**x, **y}, None, sample_weight
+
+    def compared(self, x: Any, y: Any, y_pred: Any, sample_weight: Any) -> Any:
+        """What a compiled loss or metric compares: targets and outputs under the outputs' names,
+        and the weights of the examples.
+
+        Raises:
+            InputError: there are no targets, or none of the outputs is theirs.
+        """
+        if y is None and isinstance(x, Mapping):
+            y = {k: x[k] for k in ("labels", "sentence_image_labels") if k in x}
+        if not isinstance(y, Mapping):
+            y = {} if y is None else {"labels": y}
+        if not y:
+            raise self.without_loss()
+        words = "prediction_logits" if "prediction_logits" in y_pred else "logits"
+        names = {"labels": words, "sentence_image_labels": "seq_relationship_logits"}
+        y = {names.get(k, k): target for k, target in y.items()}
+        if isinstance(sample_weight, Mapping):  # as Keras spreads it over named targets
+            sample_weight = {names.get(k, k): weight for k, weight in sample_weight.items()}
+        for k in y.keys() - y_pred.keys():
+            raise InputError(
+                f"{type(self).__name__} returns no {k!r} to compare targets with; name what they "
+                f"are for, one of {', '.join(y_pred)}, as y={{{next(iter(y_pred))!r}: targets}}"
+            )
+        y_pred = {k: y_pred[k] for k in y}
+        if "prediction_logits" in y:  # whose labels may be as long as the text alone
+            y_pred[words] = y_pred[words][:, : ops.shape(y[words])[1]]
+        return y, y_pred, sample_weight
+
+    def without_loss(self) -> InputError:
+        """Why nothing can be trained or measured."""
+        name = type(self).__name__
+        if self.architecture == "VisualBertModel":
+            return InputError(
+                f"{name} has no loss of its own; train a model with a head, or pass a loss to "
+                "compile() and its targets to fit(), as y={'pooler_output': targets}"
+            )
+        return InputError(
+            f"{name} was given no labels, so that there is no loss; add them to the inputs as "
+            "'labels', or pass them to fit() as y"
+        )
 
     def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kw):
         """Keras's export; without a signature, for text and regions of any size."""
@@ -555,7 +648,7 @@ class TFVisualBertModel(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.embeddings = Embeddings(config, name="embeddings", **kw)
         self.encoder = Encoder(config, name="encoder", **kw)
         self.pooler = Pooler(config, name="pooler", **kw)
@@ -576,6 +669,7 @@ class TFVisualBertModel(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
@@ -597,6 +691,7 @@ class TFVisualBertModel(PreTrainedModel):
                 (VCR); longer than V is cut.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
+            return_dict: False gives the plain tuple, `to_tuple()`, of what is returned.
 
         Returns:
             `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
@@ -647,6 +742,7 @@ class TFVisualBertModel(PreTrainedModel):
             pooler_output=self.pooler(hidden_states[-1], text_mask),
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
+            return_dict=return_dict,
         )
 
 
@@ -659,7 +755,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.cls = PreTrainingHeads(config, name="cls", **kw)
         self.initialise(seed)
@@ -677,11 +773,12 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         sentence_image_labels: Array | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
-        """Run the model and, with labels, its pretraining losses; other inputs as in
+        """Run the model and, with labels, its pretraining losses; the other arguments are those of
         `VisualBertModel`.
 
         Args:
@@ -724,6 +821,7 @@ class TFVisualBertForPreTraining(PreTrainedModel):
             seq_relationship_logits=match_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -736,7 +834,7 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
         self.cls = Linear(config.hidden_size, 1, name="cls", **kw)
@@ -755,10 +853,12 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
-        """Score each choice. Text inputs carry a choice axis, (B, C, T); region inputs may.
+        """Score each choice; the other arguments are those of `VisualBertModel`. Text inputs carry
+        a choice axis, (B, C, T); region inputs may.
 
         Args:
             labels: (B,) the right choice; -100 and -1 are ignored.
@@ -795,6 +895,7 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -807,7 +908,7 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
         self.cls = classifier(config, name="cls", **kw)
@@ -826,11 +927,12 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
         """Score each answer from the second-last real token, `[MASK]` in `[CLS] question ? [MASK]
-        [SEP]`.
+        [SEP]`; the other arguments are those of `VisualBertModel`.
 
         Args:
             labels: (B, L) soft targets, one score for each answer.
@@ -865,6 +967,7 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
     def answer_position(self, attention_mask, sequence, text):
@@ -890,7 +993,7 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
         self.cls = classifier(config, name="cls", **kw)
@@ -909,10 +1012,12 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         labels: Array | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
-        """Classify text and regions from the pooled first position; inputs as in `VisualBertModel`.
+        """Classify text and regions from the pooled first position; the other arguments are those
+        of `VisualBertModel`.
 
         Args:
             labels: (B,) classes; -100 and -1 are ignored.
@@ -941,6 +1046,7 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
@@ -956,7 +1062,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
     def __init__(self, config: VisualBertConfig, seed: int | None = 0, **kw: Any) -> None:
         super().__init__(**kw)
         kw = {"dtype": self.dtype_policy}
-        self.config = config
+        self.config = checked(config)
         self.visual_bert = TFVisualBertModel(config, seed=None, name="visual_bert", **kw)
         self.dropout = Dropout(config.hidden_dropout_prob, name="dropout", **kw)
         self.cls = PreTrainingHeads(config, name="cls", **kw)
@@ -976,11 +1082,12 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         image_text_alignment: Array | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         region_to_phrase_position: Array | None = None,
         labels: Array | None = None,
         training: bool | None = None,
     ) -> ModelOutput:
-        """Score every region for every phrase; other inputs as in `VisualBertModel`.
+        """Score every region for every phrase; the other arguments are those of `VisualBertModel`.
 
         Args:
             region_to_phrase_position: (B, E) text position of each phrase, its last word piece in
@@ -1026,6 +1133,7 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            return_dict=return_dict,
         )
 
 
