@@ -377,20 +377,24 @@ def test_foreign_commits(tmp_path, new):
     assert sorted(os.listdir(tmp_path)) == ["precious", "x"]
 
 
-def test_names_of_checkpoint_files():
+def test_names_of_checkpoint_files(tmp_path):
     """The table of what a commit may move covers what the formats are called."""
     names = [WEIGHTS, BIN, KERAS, MSGPACK, ORBAX, DETECTOR, RECORD, "config.json"]
     names += [f for _, files in TARGETS.values() for f in files]
     names += ["pytorch_model-00001-of-00002.bin", BIN + ".index.json"]
-    assert all(map(writing._is_ours, names))
+    beside = ["processor_config.json", "tokenizer.json", "vocab.txt", "features.safetensors"]
+    assert all(map(writing._is_ours, names + beside))
     for name in (
         "notes.txt",
         "../config.json",
         "a/config.json",
         "config.json.bak",
-        "tokenizer.json",
+        "tokenizer_config.json",
     ):
         assert not writing._is_ours(name)
+    for name in [*names, *beside]:
+        (tmp_path / name).touch()
+    assert writing.held_files(tmp_path) == sorted(set(names))  # what goes when another takes its place
     assert writing.RECORD == RECORD
 
 

@@ -71,15 +71,29 @@ def read_answers(source: str | os.PathLike) -> Answers:
     """
     path = _find(os.fspath(source))
     try:
-        data = path.read_bytes() if path.stat().st_size <= _MOST else None
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror or error}") from None
-    if data is None:
+        with open(path, "rb") as file:
+            data = file.read(_MOST + 1)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{source}: cannot be read: {reason}") from None
+    if len(data) > _MOST:
         raise InputError(f"{source}: larger than any list of answers")
     words = _parse(str(source), data)
     digests = {hashlib.md5(x, usedforsecurity=False).hexdigest() for x in (data, data + b"\n")}
     known = (name for name, order in ORDERS.items() if digests & set(order.digests))
     return Answers(words, str(source), next(known, "") or identify(words))
+
+
+def as_answers(given: str | os.PathLike | Sequence[str]) -> Answers:
+    """The answers in a list, or in a file as `read_answers` takes it.
+
+    Raises:
+        InputError, HubError: as for `read_answers`.
+    """
+    if isinstance(given, (str, os.PathLike)):
+        return read_answers(given)
+    words = _checked("answers", given)
+    return Answers(words, "answers", identify(words))
 
 
 def identify(words: Sequence[str]) -> str:
@@ -148,7 +162,7 @@ def _find(name: str) -> Path:
 
 def _parse(label: str, data: bytes) -> tuple[str, ...]:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{label}: not text, so there are no answers in it") from None
     if not text.lstrip().startswith(("[", "{")):
@@ -174,6 +188,6 @@ def _numbered(label: str, found: dict) -> list:
 
 
 def _checked(label: str, words: Sequence[object]) -> tuple[str, ...]:
-    if not words or not all(isinstance(word, str) for word in words):
+    if not isinstance(words, Sequence) or not words or not all(isinstance(w, str) for w in words):
         raise InputError(f"{label}: expected one answer a line, or a JSON list of answers")
     return tuple(map(str, words))

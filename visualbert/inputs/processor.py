@@ -4,27 +4,48 @@ Masks and segment ids are always in the batch, so that nothing is left to a defa
 """
 
 import dataclasses
+import importlib
 import json
+import operator
 import os
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from visualbert.errors import ConfigError, HubError, InputError, UsageError
+from visualbert.errors import (
+    ConfigError,
+    HubError,
+    InputError,
+    MissingBackendError,
+    UsageError,
+    VisualBertError,
+)
 from visualbert.inputs.recipes import DETECTORS, Recipe, get_recipe, guess_recipe
 from visualbert.inputs.regions import Regions
-from visualbert.inputs.text import TOKENIZER, VOCABULARY, Encoded, WordPiece, encode, pythia_words
+from visualbert.inputs.text import (
+    TOKENIZER,
+    VOCABULARY,
+    Encoded,
+    WordPiece,
+    encode,
+    rewritten_span,
+)
 
 if TYPE_CHECKING:
+    from visualbert.config import VisualBertConfig
     from visualbert.regions import RegionExtractor
 
 CONFIG = "processor_config.json"
+_THEIRS = "tokenizer_config.json"  # where transformers keeps whether a vocab.txt is lower-case
 BERT = "google-bert/bert-base-uncased"  # whose vocabulary every published checkpoint has
 IGNORED = -1  # a masked-LM label that is none, as in the original
-_TENSORS = ("np", "pt", "tf", "jax")
+_TENSORS = {"np": "numpy", "pt": "torch", "tf": "tensorflow", "jax": "jax"}
+_EXTRAS = {"pt": "pt", "tf": "tf", "jax": "flax"}
+_PADDING = 128  # rows that a trainer may have added to a table of words
 
 
 class Batch(dict):
@@ -33,7 +54,8 @@ class Batch(dict):
     Attributes:
         encoded: of every text its wordpieces and words, in order (choices one after the other).
         regions: of every example its regions, those of two images joined.
-        mask_positions: (B,) position of the first `[MASK]` of every text, -1 where it has none.
+        mask_positions: (B,) position of the last `[MASK]` of every text, which is the template's
+            where that has one; -1 where there is none.
     """
 
     encoded: list[Encoded]
@@ -90,7 +112,7 @@ class VisualBertProcessor:
 
         folder = find_source(source, revision)
         folder = folder if folder.is_dir() else folder.parent
-        saved = _saved(folder)
+        saved = _json(folder / CONFIG)
         if recipe is None and "recipe" not in saved:
             from visualbert.checkpoint.open import open_checkpoint
 
@@ -100,7 +122,10 @@ class VisualBertProcessor:
         if vocabulary is None:
             own = [folder / name for name in (TOKENIZER, VOCABULARY)]
             vocabulary = next((path for path in own if path.is_file()), None) or _bert_vocabulary()
-        return cls(chosen, vocabulary, saved.get("lowercase", True))
+        lowercase = saved.get("lowercase", _json(folder / _THEIRS).get("do_lower_case", True))
+        if not isinstance(lowercase, bool):
+            raise ConfigError(f"{folder}: lowercase={lowercase!r} must be true or false")
+        return cls(chosen, vocabulary, lowercase)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the recipe and the vocabulary beside a model.
@@ -127,6 +152,53 @@ class VisualBertProcessor:
             for name, text in texts.items()
         }
         replace_files(folder, writers, remove=[TOKENIZER if plain else VOCABULARY])
+
+    def check(self, config: "VisualBertConfig", model: str) -> None:
+        """Refuse a model that cannot read what this processor makes.
+
+        Args:
+            config: of the model.
+            model: what messages call it.
+
+        Raises:
+            InputError: words, regions, positions or segments that it has no rows for.
+        """
+        recipe, words = self.recipe, self.tokenizer.size
+        if words > config.vocab_size:
+            raise InputError(
+                f"the vocabulary holds {words} words, and {model} has vocab_size="
+                f"{config.vocab_size}; pass its own: vocabulary=…, or --vocabulary on the command "
+                "line"
+            )
+        if words <= config.vocab_size - _PADDING:
+            warnings.warn(
+                f"the vocabulary holds {words} words, and {model} has vocab_size="
+                f"{config.vocab_size}; it is hardly the one of its training",
+                stacklevel=3,
+            )
+        segments = max(*recipe.visual_segments, recipe.pieces[:-1].count("[SEP]"))
+        for wrong, reads, has in (
+            (
+                recipe.width not in (None, config.visual_embedding_dim),
+                f"regions {recipe.width} wide",
+                f"visual_embedding_dim={config.visual_embedding_dim}",
+            ),
+            (
+                recipe.max_length > config.max_position_embeddings,
+                f"texts of max_length={recipe.max_length} wordpieces",
+                f"max_position_embeddings={config.max_position_embeddings}",
+            ),
+            (
+                segments >= config.type_vocab_size,
+                f"segments up to {segments}",
+                f"type_vocab_size={config.type_vocab_size}",
+            ),
+        ):
+            if wrong:
+                raise InputError(
+                    f"the recipe {recipe.name!r} gives {reads}, and {model} has {has}; pass one "
+                    "that fits: recipe=…, or --recipe on the command line"
+                )
 
     def __call__(
         self,
@@ -161,9 +233,7 @@ class VisualBertProcessor:
         """
         if return_tensors not in _TENSORS:
             raise UsageError(f"return_tensors={return_tensors!r} is not one of np, pt, tf, jax")
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise InputError("there is no text; a batch has at least one")
+        texts = as_texts(text)
         pairs = _pairs(text_pair, isinstance(text, str), len(texts), self.recipe)
         encoded = [self._encode(f"text {n}", a, b) for n, (a, b) in _numbered(texts, pairs)]
         seen = self._regions(regions, images, len(texts))
@@ -172,11 +242,13 @@ class VisualBertProcessor:
         if any(item is not None for item in seen):
             batch.update(self._region_arrays(seen))
         if phrases is not None:
-            batch["region_to_phrase_position"] = _phrase_positions(texts, encoded, phrases)
+            if choices:
+                raise UsageError(f"the recipe {self.recipe.name!r} has choices, and no phrases")
+            batch["region_to_phrase_position"] = self._phrase_positions(texts, encoded, phrases)
         batch.encoded = encoded
         batch.regions = [_joined(parts) for parts in seen]
         mask = self.tokenizer.special["[MASK]"]
-        found = [e.ids.index(mask) if mask in e.ids else -1 for e in encoded]
+        found = [max((n for n, i in enumerate(e.ids) if i == mask), default=-1) for e in encoded]
         batch.mask_positions = np.array(found)
         for name, array in batch.items():
             batch[name] = _tensor(array, return_tensors)
@@ -208,8 +280,6 @@ class VisualBertProcessor:
         return made
 
     def _encode(self, label: str, a: str, b: str | None) -> Encoded:
-        if self.recipe.words == "pythia" and isinstance(a, str):
-            a = pythia_words(a)
         found = encode(self.tokenizer, self.recipe, label, a, b)
         if found.cut:
             warnings.warn(
@@ -232,8 +302,14 @@ class VisualBertProcessor:
             ]
         if regions is None:
             return [None] * count
-        single = isinstance(regions, (Regions, np.ndarray)) and getattr(regions, "ndim", 2) == 2
-        given = [regions] * count if single else list(regions)
+        single = isinstance(regions, Regions) or getattr(regions, "ndim", None) == 2
+        try:
+            given = [regions] * count if single else list(regions)
+        except TypeError:
+            raise InputError(
+                f"regions must be Regions, an array, or a list of them, got "
+                f"{type(regions).__name__}"
+            ) from None
         if len(given) == 1:
             given *= count
         if len(given) != count:
@@ -274,6 +350,26 @@ class VisualBertProcessor:
             part = part if isinstance(part, Regions) else Regions(part)
             check_regions(part, recipe, label)
             found.append(part if recipe.regions is None else part.first(recipe.regions))
+        return found
+
+    def _phrase_positions(
+        self, texts: list[str], encoded: list[Encoded], phrases: Sequence[Sequence[Any]]
+    ) -> np.ndarray:
+        """(B, E) position of the last wordpiece of every phrase, -1 where a text has fewer."""
+        if len(phrases) != len(texts):
+            raise InputError(
+                f"{len(texts)} texts and the phrases of {len(phrases)}; pass one for each"
+            )
+        found = np.full((len(texts), max(1, *map(len, phrases))), -1, np.int64)
+        for row, (text, own) in enumerate(zip(texts, phrases, strict=True)):
+            for column, phrase in enumerate(own):
+                span = rewritten_span(self.recipe, text, *_span(row, text, phrase))
+                places = encoded[row].places.items()
+                inside = [at for at, (a, b) in places if a < span[1] and b > span[0]]
+                if not inside:
+                    why = "it was cut off" if encoded[row].cut else "it is no word"
+                    raise InputError(f"text {row}: nothing of the phrase {phrase!r} is left; {why}")
+                found[row, column] = max(inside)
         return found
 
     def _region_arrays(self, seen: list[list[Regions] | None]) -> dict[str, np.ndarray]:
@@ -323,6 +419,22 @@ def check_regions(regions: Regions, recipe: Recipe, label: str) -> None:
         )
 
 
+def as_texts(text: Any) -> list[str]:
+    """One text, or several, as a list.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(text, str):
+        return [text]
+    if isinstance(text, (bytes, bytearray, Mapping)) or not isinstance(text, Iterable):
+        raise InputError(f"a text must be a string, or a list of them, got {type(text).__name__}")
+    texts = list(text)
+    if not texts:
+        raise InputError("there is no text; a batch has at least one")
+    return texts
+
+
 def _pairs(given: Any, single: bool, count: int, recipe: Recipe) -> list[Any]:
     """Of every text its second text, or its choices."""
     if given is None:
@@ -363,31 +475,23 @@ def _text_arrays(encoded: list[Encoded], choices: int) -> dict[str, np.ndarray]:
     return {name: array.reshape(-1, choices, shape[1]) for name, array in arrays.items()}
 
 
-def _phrase_positions(
-    texts: list[str], encoded: list[Encoded], phrases: Sequence[Sequence[Any]]
-) -> np.ndarray:
-    """(B, E) position of the last wordpiece of every phrase, -1 where a text has fewer."""
-    if len(phrases) != len(texts):
-        raise InputError(f"{len(texts)} texts and the phrases of {len(phrases)}; pass one for each")
-    found = np.full((len(texts), max(1, *map(len, phrases))), -1, np.int64)
-    for row, own in enumerate(phrases):
-        for column, phrase in enumerate(own):
-            found[row, column] = _phrase_position(row, texts[row], encoded[row], phrase)
-    return found
-
-
-def _phrase_position(number: int, text: str, e: Encoded, phrase: Any) -> int:
+def _span(number: int, text: str, phrase: Any) -> tuple[int, int]:
+    """Where a phrase is in its text: as whole words, if it comes so."""
     if isinstance(phrase, str):
-        start = text.lower().find(phrase.lower()) if phrase.strip() else -1
-        end = start + len(phrase)
+        words = re.escape(phrase) if phrase.strip() else "(?!)"
+        found = re.search(rf"(?<!\w){words}(?!\w)", text, re.IGNORECASE)
+        found = found or re.search(words, text, re.IGNORECASE)
+        start, end = found.span() if found else (-1, -1)
     else:
-        start, end = phrase
+        try:
+            start, end = map(operator.index, phrase)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"text {number}: a phrase is its words, or where it starts and ends, not {phrase!r}"
+            ) from None
     if not 0 <= start < end <= len(text):
         raise InputError(f"text {number}: there is no phrase {phrase!r} in {text!r}")
-    inside = [at for at, (first, last) in e.places.items() if first < end and last > start]
-    if not inside:
-        raise InputError(f"text {number}: the phrase {phrase!r} was cut off with the text's end")
-    return max(inside)
+    return start, end
 
 
 def _joined(parts: list[Regions] | None) -> Regions | None:
@@ -402,34 +506,39 @@ def _joined(parts: list[Regions] | None) -> Regions | None:
 def _tensor(array: np.ndarray, kind: str) -> Any:
     if kind == "np":
         return array
+    try:
+        framework = importlib.import_module(_TENSORS[kind])
+    except ImportError:
+        raise MissingBackendError(
+            f"return_tensors={kind!r} needs {_TENSORS[kind]}: pip install "
+            f"visualbert[{_EXTRAS[kind]}]"
+        ) from None
     if kind == "pt":
-        import torch
-
-        return torch.from_numpy(array)
+        return framework.from_numpy(array)
     if kind == "tf":
-        import tensorflow as tf
-
-        return tf.constant(array)
-    import jax.numpy as jnp
-
-    return jnp.asarray(array if array.dtype.kind == "f" else array.astype(np.int32))
+        return framework.constant(array)
+    return framework.numpy.asarray(array if array.dtype.kind == "f" else array.astype(np.int32))
 
 
-def _saved(folder: Path) -> dict[str, Any]:
+def _json(path: Path) -> dict[str, Any]:
     from visualbert.config import read_json_object
 
-    path = folder / CONFIG
     return read_json_object(path) if path.is_file() else {}
 
 
 def _read_recipe(path: Path, saved: Mapping[str, Any]) -> Recipe:
     values = saved["recipe"]
-    if isinstance(values, str):
-        return get_recipe(values)
     try:
+        if isinstance(values, str):
+            return get_recipe(values)
+        if not isinstance(values, dict):
+            raise ConfigError("it must be a name, or an object of a recipe's fields")
+        unknown = values.keys() - {field.name for field in dataclasses.fields(Recipe)}
+        if unknown:
+            raise ConfigError(f"there is no field {min(unknown)!r}")
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
         return Recipe(**{**values, **lists})
-    except (TypeError, AttributeError) as error:
+    except (TypeError, VisualBertError) as error:
         raise ConfigError(f"{path}: not a recipe ({error})") from None
 
 

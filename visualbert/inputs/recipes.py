@@ -6,12 +6,12 @@ those of MMF, and the demonstration of transformers for `hf`.
 """
 
 import dataclasses
-import difflib
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from visualbert.errors import UsageError
+from visualbert.errors import ConfigError, UsageError
+from visualbert.keywords import did_you_mean
 
 if TYPE_CHECKING:
     from visualbert.config import VisualBertConfig
@@ -24,8 +24,8 @@ class Recipe:
     Args:
         name: what it is called in a file and on the command line.
         architecture: the class whose head it feeds.
-        template: the text's pieces in order; `{a}` and `{b}` stand for the texts, everything else
-            is a token. Text behind the first `[SEP]` is of segment 1.
+        template: the text's pieces in order, with spaces between; `{a}` and `{b}` stand for the
+            texts, everything else is a token. Text behind the first `[SEP]` is of segment 1.
         words: "pythia" for questions that are lower-cased and lose `,` and `?` first, "" for text
             as it is.
         context: wordpieces of a pair's first text that truncation leaves; None where it takes none.
@@ -43,6 +43,9 @@ class Recipe:
         labels: what the labels of a classifier mean, in order.
         source: where this is to be seen.
         published: the checkpoints that were trained so.
+
+    Raises:
+        ConfigError: a value that is none of these.
     """
 
     name: str
@@ -62,6 +65,54 @@ class Recipe:
     labels: tuple[str, ...] = ()
     source: str = ""
     published: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _is(value, field.type):
+                words = getattr(field.type, "__name__", str(field.type))
+                raise ConfigError(f"{field.name}={value!r} must be of type {words}")
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name, known in _ONE_OF.items():
+            if getattr(self, name) not in known:
+                expected = ", ".join(map(repr, known))
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {expected}")
+        if not self.visual_segments or min(self.visual_segments) < 0:
+            raise ConfigError(f"visual_segments={self.visual_segments} must be segment ids")
+        self._check_template()
+
+    def _check_template(self) -> None:
+        pieces = self.pieces
+        if pieces.count("{a}") != 1 or pieces.count("{b}") > 1:
+            raise ConfigError(f"template={self.template!r} must hold one {{a}}, and {{b}} at most")
+        if self.read == "mask" and pieces[-2:] != ["[MASK]", "[SEP]"]:
+            raise ConfigError(f"template={self.template!r} must end in [MASK] [SEP] to be read so")
+        if self.max_length < len(pieces):
+            raise ConfigError(
+                f"max_length={self.max_length} must be at least {len(pieces)}, or nothing of the "
+                f"text is left in {self.template!r}"
+            )
+
+    @property
+    def pieces(self) -> list[str]:
+        """The template's."""
+        return self.template.split()
+
+
+_LEAST = {"context": 0, "regions": 1, "width": 1, "choices": 1}
+_ONE_OF = {
+    "words": ("", "pythia"),
+    "read": ("mask", "last", "first", "phrases", "every"),
+    "scores": ("softmax", "sigmoid"),
+}
+
+
+def _is(value: object, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(one, get_args(kind)[0]) for one in value)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 DETECTORS = {
@@ -277,9 +328,8 @@ def get_recipe(name: str) -> Recipe:
         UsageError: there is none.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(RECIPES)}"
-        raise UsageError(f"unknown recipe {name!r}; {hint}")
+        hint = did_you_mean(name, RECIPES) or f"; expected one of {', '.join(RECIPES)}"
+        raise UsageError(f"unknown recipe {name!r}{hint}")
     return RECIPES[name]
 
 

@@ -6,7 +6,6 @@ pairs that it cuts from the front and shortens more than it would have to.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,14 +19,14 @@ from visualbert.inputs.recipes import Recipe
 VOCABULARY, TOKENIZER = "vocab.txt", "tokenizer.json"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _LONGEST = 100_000  # characters of a text
-_PIECES = re.compile(r"\{[ab]\}|\S+")
 
 
 class Encoded(NamedTuple):
     """One text as wordpieces.
 
     `words` are `(text, first, end)`: what was written and the positions of its wordpieces. `places`
-    lead from a position to the characters of the first text that stand there.
+    lead from a position to the characters of the first text, as the recipe rewrites it, that stand
+    there.
     """
 
     ids: list[int]
@@ -83,7 +82,8 @@ class WordPiece:
                 tokenizer.no_padding()
                 tokenizer.no_truncation()
                 return cls(tokenizer)
-            return cls.from_words(path.read_text(encoding="utf-8").splitlines(), lowercase)
+            words = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 may be a word
+            return cls.from_words(words if words[-1] else words[:-1], lowercase)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         except OSError as error:
@@ -96,6 +96,11 @@ class WordPiece:
         found = self.tokenizer.token_to_id(token)
         return self.special["[UNK]"] if found is None else found
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
     def vocabulary(self) -> list[str]:
         """The words in the order of their ids."""
         found = self.tokenizer.get_vocab(with_added_tokens=True)
@@ -103,9 +108,11 @@ class WordPiece:
 
     def is_plain(self, lowercase: bool) -> bool:
         """Whether a `vocab.txt` says all there is to say about it."""
-        own = json.loads(self.tokenizer.to_str())
-        twin = json.loads(self.from_words(self.vocabulary(), lowercase).tokenizer.to_str())
-        return own == twin
+        words = self.vocabulary()
+        if any("\n" in word or "\r" in word for word in words):
+            return False
+        twin = self.from_words(words, lowercase).tokenizer
+        return json.loads(self.tokenizer.to_str()) == json.loads(twin.to_str())
 
     def pieces(self, word: str) -> list[int]:
         """The wordpieces of a word, without special tokens."""
@@ -121,6 +128,9 @@ class WordPiece:
             raise InputError(f"{label} must be a string, got {type(text).__name__}")
         if len(text) > _LONGEST:
             raise InputError(f"{label} has {len(text)} characters; at most {_LONGEST} are read")
+        half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+        if half is not None:
+            raise InputError(f"{label} holds {half!r}, half of a character; it was decoded wrongly")
         found = self.tokenizer.encode(text, add_special_tokens=False)
         if not found.ids:
             raise InputError(f"{label} is empty; there is nothing to read")
@@ -136,6 +146,17 @@ def pythia_words(question: str) -> str:
     return question.lower().replace(",", "").replace("?", "").replace("'s", " 's")
 
 
+def rewritten(recipe: Recipe, text: str) -> str:
+    """A text as the recipe has it before it is cut into wordpieces."""
+    return pythia_words(text) if recipe.words == "pythia" else text
+
+
+def rewritten_span(recipe: Recipe, text: str, start: int, end: int) -> tuple[int, int]:
+    """Where the characters `start` to `end` of a text are in it as it is rewritten."""
+    behind = len(rewritten(recipe, text[end:]))
+    return len(rewritten(recipe, text[:start])), len(rewritten(recipe, text)) - behind
+
+
 def encode(tokenizer: WordPiece, recipe: Recipe, label: str, a: str, b: str | None) -> Encoded:
     """A text, or two, in the template of a recipe.
 
@@ -143,16 +164,17 @@ def encode(tokenizer: WordPiece, recipe: Recipe, label: str, a: str, b: str | No
         tokenizer: of the checkpoint.
         recipe: of the checkpoint.
         label: what messages call the text.
-        a: what stands for `{a}`.
+        a: what stands for `{a}`, not yet rewritten.
         b: what stands for `{b}`, where the template has it.
 
     Raises:
         InputError: a text is missing, too many, or empty.
     """
-    pieces = _PIECES.findall(recipe.template)
+    pieces = recipe.pieces
     if ("{b}" in pieces) != (b is not None):
         asks = "two texts" if "{b}" in pieces else "one text"
         raise InputError(f"{label}: the recipe takes {asks} ({recipe.template})")
+    a = rewritten(recipe, a) if isinstance(a, str) else a
     given = {"{a}": tokenizer.split(label, a)}
     if b is not None:
         given["{b}"] = tokenizer.split(f"the second text of {label}", b)
@@ -185,7 +207,7 @@ def truncated(recipe: Recipe, lengths: Sequence[int]) -> list[tuple[int, int]]:
     One loses its tail. Two lose their beginnings, and what is taken from the first one is taken
     from the second one too, in place of sparing it: as the original, whose checkpoints know it so.
     """
-    room = recipe.max_length - (len(_PIECES.findall(recipe.template)) - len(lengths))
+    room = recipe.max_length - (len(recipe.pieces) - len(lengths))
     if len(lengths) == 1:
         return [(0, min(lengths[0], room))]
     over = sum(lengths) - room
