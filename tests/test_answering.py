@@ -2,6 +2,7 @@
 handwriting that it never saw, the same in three frameworks, and any other model by its own recipe.
 """
 
+import dataclasses
 import json
 import shutil
 
@@ -160,6 +161,9 @@ def test_what_is_no_question_or_picture(pipelines, seen, tmp_path):
     for arguments, sentence in [
         ((seen[0][0], ""), "text 0 is empty; there is nothing to read"),
         ((None, "why"), "pass an image, or the regions of one"),
+        ((seen[0][0], None), "a text must be a string, or a list of them, got NoneType"),
+        ((seen[0][0], b"why"), "a text must be a string, or a list of them, got bytes"),
+        ((seen[0][0], []), "there is no text; a batch has at least one"),
     ]:
         with pytest.raises(InputError) as error:
             pipe(*arguments)
@@ -167,12 +171,143 @@ def test_what_is_no_question_or_picture(pipelines, seen, tmp_path):
     (tmp_path / "a.png").write_text("none")
     with pytest.raises(InputError, match="not an image"):
         pipe(tmp_path / "a.png", "why")
+    for top in (0, 2.5, "3"):
+        with pytest.raises(UsageError) as error:
+            pipe(seen[0][0], "why", top=top)
+        assert str(error.value) == f"top={top!r} must be at least 1"
     with pytest.raises(UsageError) as error:
-        pipe(seen[0][0], "why", top=0)
-    assert str(error.value) == "top=0 must be at least 1"
+        next(pipe.stream([("why", None)], batch_size=0))
+    assert str(error.value) == "batch_size=0 must be at least 1"
     with pytest.raises(UsageError) as error:
         pipeline("captioning")
     assert str(error.value) == "unknown task 'captioning'; expected one of vqa"
+
+
+# Files that do not fit each other
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A copy of the embedded model, and a function that changes values in one of its files."""
+    folder = tmp_path / "own"
+    shutil.copytree(embedded(), folder)
+
+    def change(file, **values):
+        path = folder / file
+        found = json.loads(path.read_text())
+        (found["recipe"] if file.startswith("processor") else found).update(values)
+        path.write_text(json.dumps(found))
+
+    return folder, change
+
+
+WAY = "; pass one that fits: recipe=…, or --recipe on the command line"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"max_length": 65},
+            "the recipe 'scenes' gives texts of max_length=65 wordpieces, and {} has "
+            "max_position_embeddings=64" + WAY,
+        ),
+        (
+            {"width": 2048},
+            "the recipe 'scenes' gives regions 2048 wide, and {} has visual_embedding_dim=573"
+            + WAY,
+        ),
+        (
+            {"visual_segments": [2]},
+            "the recipe 'scenes' gives segments up to 2, and {} has type_vocab_size=2" + WAY,
+        ),
+        (
+            {"architecture": "VisualBertForMultipleChoice"},
+            "the recipe 'scenes' is for a VisualBertForMultipleChoice, which answers no questions; "
+            "pass another one: recipe=…, or --recipe on the command line",
+        ),
+    ],
+    ids=["long", "wide", "segments", "head"],
+)
+def test_a_recipe_that_does_not_fit_the_model(own, values, sentence):
+    folder, change = own
+    change("processor_config.json", **values)
+    with pytest.raises(InputError) as error:
+        pipeline("vqa", folder)
+    assert str(error.value) == sentence.format(folder)
+
+
+def test_a_vocabulary_that_is_too_large_for_the_model(own, bert_vocabulary):
+    folder, _ = own
+    with pytest.raises(InputError) as error:
+        pipeline("vqa", folder, vocabulary=bert_vocabulary)
+    assert str(error.value) == (
+        f"the vocabulary holds 30522 words, and {folder} has vocab_size=160; pass its own: "
+        "vocabulary=…, or --vocabulary on the command line"
+    )
+
+
+def test_a_folder_without_processor_files_but_with_its_vocabulary(own, seen, pipelines):
+    folder, _ = own
+    (folder / "processor_config.json").unlink()
+    question = "what digit is red?"
+    found = pipeline("vqa", folder, recipe="scenes", backend="pt")(seen[0][0], question)
+    assert found.answers == pipelines["pt"](seen[0][0], question).answers
+    with pytest.warns(UserWarning, match="has no processor files"), pytest.raises(InputError):
+        pipeline("vqa", folder)  # the recipe that is guessed has longer texts than it takes
+
+
+def test_a_link_to_a_read_only_folder(own, seen, pipelines, tmp_path):
+    folder, _ = own
+    for path in (*folder.iterdir(), folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    link = tmp_path / "ein Bild – 絵"
+    link.symlink_to(folder)
+    question = "what digit is red?"
+    found = pipeline("vqa", link, backend="pt")(seen[0][0], question)
+    assert found.answers == pipelines["pt"](seen[0][0], question).answers
+    folder.chmod(0o755)
+
+
+def test_the_longest_text_of_an_odd_table_of_positions(tmp_path):
+    # Texts are padded to multiples of eight, but never beyond the model's positions.
+    from visualbert import VisualBertForQuestionAnswering
+
+    config = VisualBertConfig.from_pretrained(embedded()).replace(
+        num_hidden_layers=1, max_position_embeddings=61
+    )
+    own = VisualBertProcessor.from_pretrained(embedded())
+    recipe = dataclasses.replace(own.recipe, max_length=61)
+    pipe = pipeline(
+        "vqa",
+        VisualBertForQuestionAnswering(config).eval(),
+        processor=VisualBertProcessor(recipe, own.tokenizer),
+    )
+    regions = np.random.default_rng(0).standard_normal((3, 573)).astype(np.float32)
+    with pytest.warns(UserWarning, match="too long"):
+        found = pipe(question="red " * 90, regions=regions, attentions=True)
+    assert found.attentions.shape == (1, 4, 64, 64)
+    np.testing.assert_allclose(found.attentions.sum(-1), 1, atol=1e-5)
+
+
+def test_regions_that_are_none_or_empty_are_answered_the_same(pipelines):
+    some = np.random.default_rng(0).standard_normal((3, 573)).astype(np.float32)
+    for pipe in pipelines.values():
+        alone = pipe.ask(["is it red"], [None])[0]
+        for regions in (Regions(np.zeros((0, 573))), None):
+            for batch in ([regions], [regions, Regions(some)], [Regions(some), regions]):
+                found = pipe.ask(["is it red"] * len(batch), batch)[batch.index(regions)]
+                np.testing.assert_allclose(
+                    [p for _, p in found.answers], [p for _, p in alone.answers], atol=1e-5
+                )
+
+
+def test_sigmoids_of_large_scores_are_silent(recwarn):
+    from visualbert.answering import _PROBABILITIES
+
+    found = _PROBABILITIES["sigmoid"](np.array([[-1e4, 0.0, 1e4, np.log(3)]]))
+    np.testing.assert_allclose(found, [[0, 0.5, 1, 0.75]])
+    assert not recwarn.list
 
 
 # A published model: its recipe, its answers, and its features
@@ -259,6 +394,18 @@ def test_the_other_answer_list_is_refused(published, bert_vocabulary):
             recipe="vqa",
             vocabulary=bert_vocabulary,
             answers=folder / "other.json",
+        )
+
+
+def test_the_other_answer_list_is_refused_as_a_list_too(published, bert_vocabulary):
+    folder, _, _ = published
+    with pytest.raises(InputError, match="^answers has LXMERT's order"):
+        pipeline(
+            "vqa",
+            folder / "visualbert-vqa",
+            recipe="vqa",
+            vocabulary=bert_vocabulary,
+            answers=json.loads((folder / "other.json").read_text()),
         )
 
 

@@ -4,6 +4,8 @@ they belong to another order.
 
 import hashlib
 import json
+import os
+import threading
 
 import pytest
 
@@ -13,6 +15,7 @@ from visualbert.inputs.answers import (
     ORDERS,
     Answers,
     Order,
+    as_answers,
     choose_answers,
     identify,
     read_answers,
@@ -157,6 +160,29 @@ def test_bad_files(data, sentence, tmp_path):
     with pytest.raises(InputError) as error:
         read_answers(path)
     assert str(error.value).startswith(f"{path}: {sentence}")
+
+
+def test_lists_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfno\r\nyes\r\n")
+    assert as_answers(tmp_path / "a.txt").words == ("no", "yes")
+    assert as_answers(in_order("lxmert-vqa")).order == "lxmert-vqa"
+    for given in ([], ["yes", 3], 5):
+        with pytest.raises(InputError) as error:
+            as_answers(given)
+        assert str(error.value) == (
+            "answers: expected one answer a line, or a JSON list of answers"
+        )
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=("no\nyes\n",))
+    writer.start()
+    assert read_answers(path).words == ("no", "yes")
+    writer.join()
+    with pytest.raises(InputError, match="embedded null byte"):
+        read_answers("a\0b")
 
 
 def test_missing_and_oversized_files(tmp_path, monkeypatch):

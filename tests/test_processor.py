@@ -2,16 +2,25 @@
 code does it, padding, phrases, masked words, and files.
 """
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from visualbert import ConfigError, HubError, InputError, UsageError, VisualBertConfig
+from visualbert import (
+    ConfigError,
+    HubError,
+    InputError,
+    MissingBackendError,
+    UsageError,
+    VisualBertConfig,
+)
 from visualbert.inputs.processor import VisualBertProcessor, check_regions
 from visualbert.inputs.recipes import RECIPES
 from visualbert.inputs.regions import Regions
-from visualbert.inputs.text import WordPiece, pythia_words
+from visualbert.inputs.text import WordPiece, pythia_words, truncated
 
 DIFFICULT = [
     "What's THE man’s hat—made of?!",
@@ -76,6 +85,20 @@ def original_truncation(a, b, most):
         front = min((over + 1) // 2, max(len(a) - 32, 0))
         a, b = a[front:], b[over + front :]
     return a, b
+
+
+def test_every_length_is_cut_as_the_original_cuts_it():
+    for recipe in (RECIPES["vqa-coco-pre"], RECIPES["nlvr2"]):
+        for first in range(1, 141):
+            a = list(range(first))
+            if recipe.template.count("{") == 1:
+                start, end = truncated(recipe, [first])[0]
+                assert a[start:end] == original_truncation(a, None, 128)[0]
+                continue
+            for second in range(1, 141):
+                b = list(range(second))
+                (start, end), (low, high) = truncated(recipe, [first, second])
+                assert (a[start:end], b[low:high]) == original_truncation(a, b, 128)
 
 
 @pytest.mark.parametrize("lengths", [(3, 4), (62, 63), (63, 63), (100, 60), (20, 200), (200, 20)])
@@ -186,6 +209,66 @@ def test_phrases_are_their_last_wordpiece(bert_vocabulary):
         processor(long, phrases=[["end"]])
 
 
+@pytest.mark.parametrize(
+    ("text", "phrase", "word"),
+    [
+        ("What's on the man's red hat, sir?", "red", "red"),
+        ("What's on the man's red hat, sir?", "The Man's", "s"),
+        ("What's on the man's red hat, sir?", "hat, sir", "sir"),
+        ("What's on the man's red hat, sir?", (0, 5), "'"),
+        ("What's on the man's red hat, sir?", (5, 6), "s"),
+        ("What's on the man's red hat, sir?", (14, 17), "man"),
+        ("İİİ, is it blue?", "blue", "blue"),
+        ("a woman, and a man", "man", "man"),  # not the end of "woman"
+        ("what, what, end", "end", "end"),
+    ],
+)
+def test_phrases_are_found_in_questions_that_are_rewritten(processor, text, phrase, word):
+    batch = processor(text, phrases=[[phrase]])
+    at = batch["region_to_phrase_position"].item()
+    assert processor.tokenizer.tokenizer.id_to_token(batch["input_ids"][0, at]) == word
+    if phrase == "man":
+        assert at == 5
+
+
+def test_bad_phrases(processor, bert_vocabulary):
+    for phrase, sentence in [
+        ("?", "text 0: nothing of the phrase '?' is left; it is no word"),
+        ((4, 5), "text 0: nothing of the phrase (4, 5) is left; it is no word"),
+        (3, "text 0: a phrase is its words, or where it starts and ends, not 3"),
+        (("a", "b"), "text 0: a phrase is its words, or where it starts and ends, not ('a', 'b')"),
+        (" ", "text 0: there is no phrase ' ' in 'what is it?'"),
+        ((0, 99), "text 0: there is no phrase (0, 99) in 'what is it?'"),
+    ]:
+        with pytest.raises(InputError) as error:
+            processor("what is it?", phrases=[[phrase]])
+        assert str(error.value) == sentence
+    with pytest.raises(UsageError) as error:
+        VisualBertProcessor("vcr", bert_vocabulary)("why", ["a"] * 4, phrases=[["why"]])
+    assert str(error.value) == "the recipe 'vcr' has choices, and no phrases"
+
+
+def test_the_mask_that_is_read_is_the_templates(bert_vocabulary):
+    recipe = dataclasses.replace(RECIPES["vqa"], words="")
+    batch = VisualBertProcessor(recipe, bert_vocabulary)(["is [MASK] it", "is it"])
+    assert batch.mask_positions.tolist() == (batch["attention_mask"].sum(1) - 2).tolist()
+    pythia = VisualBertProcessor("vqa", bert_vocabulary)("is [MASK] it")  # is "[mask]" there
+    assert (pythia["input_ids"] == 103).sum() == 1
+
+
+def test_two_images_from_pixels(bert_vocabulary):
+    from visualbert.scenes import EXAMPLE
+
+    recipe = dataclasses.replace(RECIPES["nlvr2"], width=573, detector="blobs")
+    processor = VisualBertProcessor(recipe, bert_vocabulary)
+    blank = np.zeros((20, 20, 3), np.uint8)
+    batch = processor(["both", "none"], images=[[EXAMPLE, blank], [blank, blank]])
+    counts = [len(processor.extractor(image)) for image in (EXAMPLE, blank)]
+    want = [[0] * counts[0] + [1] * counts[1], [0] * counts[1] + [1] * counts[1]]
+    segments, mask = batch["visual_token_type_ids"], batch["visual_attention_mask"]
+    assert [list(s[m == 1]) for s, m in zip(segments, mask, strict=True)] == want
+
+
 def test_masked_words(processor):
     batch = processor(["red " * 100] * 200)
     made = processor.corrupt(batch, np.random.default_rng(0))
@@ -213,6 +296,101 @@ def test_files(processor, tmp_path):
         assert twin(text)["input_ids"].tolist() == processor(text)["input_ids"].tolist()
 
 
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_saved_and_loaded_it_gives_the_same_ids(lowercase, bert_vocabulary, tmp_path):
+    # Words that only some line readers take for one: U+2028 is in multilingual vocabularies.
+    words = bert_vocabulary.read_text(encoding="utf-8").splitlines()
+    words[900:905] = ["\u2028", "\x85", "Hat", "\x1c", "##\u2029"]
+    own = VisualBertProcessor("hf", words, lowercase)
+    own.save_pretrained(tmp_path)
+    twin = VisualBertProcessor.from_pretrained(tmp_path)
+    assert twin.lowercase is lowercase
+    assert twin.tokenizer.vocabulary() == own.tokenizer.vocabulary() == words
+    rng = np.random.default_rng(0)
+    blocks = [(0x21, 0x7F), (0xA0, 0x250), (0x370, 0x600), (0x900, 0xE80), (0x2000, 0x2070),
+              (0x3040, 0x30FF), (0x4E00, 0x4E80), (0x1F600, 0x1F650), (1, 0x20)]  # fmt: skip
+    texts = [
+        "Hat " + "".join(map(chr, rng.integers(*blocks[n % len(blocks)], 30))) for n in range(200)
+    ]
+    for text in texts + DIFFICULT:
+        want = own.tokenizer.split("text", text)
+        assert twin.tokenizer.split("text", text) == want
+    assert (own.tokenizer.split("text", "Hat").ids == [902]) is not lowercase
+
+
+def test_a_word_with_a_line_break_is_saved_too(bert_vocabulary, tmp_path):
+    words = [*bert_vocabulary.read_text(encoding="utf-8").splitlines(), "a\nb"]
+    VisualBertProcessor("vqa", words).save_pretrained(tmp_path)
+    assert VisualBertProcessor.from_pretrained(tmp_path).tokenizer.vocabulary() == words
+
+
+def test_a_cased_vocabulary_of_transformers(bert_vocabulary, tmp_path):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"recipe": "hf"}))
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + bert_vocabulary.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": False}))
+    cased = VisualBertProcessor.from_pretrained(tmp_path)
+    assert cased("Red")["input_ids"].tolist() == [[101, 100, 102]]  # no such word
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
+    assert VisualBertProcessor.from_pretrained(tmp_path)("Red")["input_ids"][0, 1] == 2417
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": "no"}))
+    with pytest.raises(ConfigError) as error:
+        VisualBertProcessor.from_pretrained(tmp_path)
+    assert str(error.value) == f"{tmp_path}: lowercase='no' must be true or false"
+
+
+def test_a_model_that_cannot_read_it(bert_vocabulary):
+    processor = VisualBertProcessor("vcr-coco-pre", bert_vocabulary)
+    fits = {"visual_embedding_dim": 512}
+    way = "; pass one that fits: recipe=…, or --recipe on the command line"
+    for change, sentence in [
+        (
+            {"vocab_size": 30521},
+            "the vocabulary holds 30522 words, and it has vocab_size=30521; pass its own: "
+            "vocabulary=…, or --vocabulary on the command line",
+        ),
+        (
+            {"visual_embedding_dim": 2048},
+            "the recipe 'vcr-coco-pre' gives regions 512 wide, and it has "
+            "visual_embedding_dim=2048" + way,
+        ),
+        (
+            {"max_position_embeddings": 127},
+            "the recipe 'vcr-coco-pre' gives texts of max_length=128 wordpieces, and it has "
+            "max_position_embeddings=127" + way,
+        ),
+        (
+            {"type_vocab_size": 1},
+            "the recipe 'vcr-coco-pre' gives segments up to 1, and it has type_vocab_size=1" + way,
+        ),
+    ]:
+        with pytest.raises(InputError) as error:
+            processor.check(VisualBertConfig(**{**fits, **change}), "it")
+        assert str(error.value) == sentence
+
+
+def test_a_vocabulary_that_is_hardly_the_models(bert_vocabulary, recwarn):
+    processor = VisualBertProcessor("vqa", bert_vocabulary)
+    processor.check(VisualBertConfig(visual_embedding_dim=2048, vocab_size=30592), "it")
+    assert not recwarn.list  # a table that was padded
+    processor.check(VisualBertConfig(visual_embedding_dim=2048, vocab_size=50_000), "it")
+    assert [str(w.message) for w in recwarn] == [
+        "the vocabulary holds 30522 words, and it has vocab_size=50000; it is hardly the one of "
+        "its training"
+    ]
+
+
+@pytest.mark.parametrize(("kind", "library", "extra"), [
+    ("pt", "torch", "pt"), ("tf", "tensorflow", "tf"), ("jax", "jax", "flax"),
+])  # fmt: skip
+def test_arrays_of_a_framework_that_is_not_installed(kind, library, extra, processor, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingBackendError) as error:
+        processor("why", return_tensors=kind)
+    assert str(error.value) == (
+        f"return_tensors={kind!r} needs {library}: pip install visualbert[{extra}]"
+    )
+
+
 def test_another_tokenizer_is_saved_whole(bert_vocabulary, tmp_path):
     from tokenizers import normalizers
 
@@ -234,8 +412,15 @@ def test_another_tokenizer_is_saved_whole(bert_vocabulary, tmp_path):
         ("x" * 100_001, "text 0 has 100001 characters; at most 100000 are read"),
         ([3], "text 0 must be a string, got int"),
         ([], "there is no text; a batch has at least one"),
+        (None, "a text must be a string, or a list of them, got NoneType"),
+        (b"why", "a text must be a string, or a list of them, got bytes"),
+        ("\u200b\x00", "text 0 is empty; there is nothing to read"),
+        (
+            ["why", "a\udc80"],
+            "text 1 holds '\\udc80', half of a character; it was decoded wrongly",
+        ),
     ],
-    ids=["nothing", "space", "mark", "book", "number", "none"],
+    ids=["nothing", "space", "mark", "book", "number", "empty", "none", "bytes", "zero", "half"],
 )
 def test_bad_texts(text, sentence, processor):
     with pytest.raises(InputError) as error:
@@ -302,6 +487,21 @@ def test_two_images_for_one(processor, bert_vocabulary):
     assert str(error.value) == "2 texts and regions of 3 images; pass one for each"
 
 
+def test_what_are_no_regions(processor):
+    with pytest.raises(InputError) as error:
+        processor("why", regions=5)
+    assert str(error.value) == "regions must be Regions, an array, or a list of them, got int"
+
+
+def test_regions_may_be_tensors_and_none_at_all(processor):
+    torch = pytest.importorskip("torch")
+    array = np.random.default_rng(0).standard_normal((3, 2048)).astype(np.float32)
+    batch = processor(["why", "who"], regions=torch.from_numpy(array))
+    np.testing.assert_array_equal(batch["visual_embeds"], np.stack([array] * 2))
+    empty = processor(["why", "who"], regions=[made(0), made(2)])
+    assert empty["visual_attention_mask"].tolist() == [[0, 0], [1, 1]]
+
+
 def test_bad_options(processor):
     with pytest.raises(UsageError) as error:
         processor("why", return_tensors="torch")
@@ -327,8 +527,33 @@ def test_bad_vocabularies(tmp_path):
 
 def test_broken_processor_files(tmp_path, bert_vocabulary):
     path = tmp_path / "processor_config.json"
-    path.write_text(json.dumps({"recipe": {"name": "x"}}))
     (tmp_path / "vocab.txt").write_bytes(bert_vocabulary.read_bytes())
+    whole = dataclasses.asdict(RECIPES["vqa"])
+    for recipe, sentence in [
+        (5, "it must be a name, or an object of a recipe's fields"),
+        ("vq", "unknown recipe 'vq'; did you mean 'vqa'?"),
+        ({**whole, "segment": 1}, "there is no field 'segment'"),
+        ({**whole, "max_length": "128"}, "max_length='128' must be of type int"),
+        ({**whole, "max_length": True}, "max_length=True must be of type int"),
+        ({**whole, "regions": 2.5}, "regions=2.5 must be of type int | None"),
+        ({**whole, "visual_segments": [0, "1"]},
+         "visual_segments=(0, '1') must be of type tuple[int, ...]"),
+        ({**whole, "visual_segments": []}, "visual_segments=() must be segment ids"),
+        ({**whole, "max_length": 4},
+         "max_length=4 must be at least 5, or nothing of the text is left in "
+         "'[CLS] {a} ? [MASK] [SEP]'"),
+        ({**whole, "choices": 0}, "choices=0 must be at least 1"),
+        ({**whole, "scores": "max"}, "scores='max' must be one of 'softmax', 'sigmoid'"),
+        ({**whole, "template": "[CLS] [SEP]"},
+         "template='[CLS] [SEP]' must hold one {a}, and {b} at most"),
+        ({**whole, "template": "[CLS] {a} [SEP]"},
+         "template='[CLS] {a} [SEP]' must end in [MASK] [SEP] to be read so"),
+    ]:  # fmt: skip
+        path.write_text(json.dumps({"recipe": recipe}))
+        with pytest.raises(ConfigError) as error:
+            VisualBertProcessor.from_pretrained(tmp_path)
+        assert str(error.value) == f"{path}: not a recipe ({sentence})"
+    path.write_text(json.dumps({"recipe": {"name": "x"}}))
     with pytest.raises(ConfigError, match="not a recipe"):
         VisualBertProcessor.from_pretrained(tmp_path)
     path.write_text(json.dumps({"recipe": "vqa"}))

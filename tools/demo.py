@@ -8,6 +8,7 @@ anything differs.
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def visualbert(*args: object) -> None:
     from visualbert.cli import main
 
     words = [str(arg) for arg in args]
-    print(f"\n$ visualbert {' '.join(words)}", flush=True)
+    print(f"\n$ visualbert {shlex.join(words)}", flush=True)
     status = main(words)
     if status:
         sys.exit(status)
@@ -128,7 +129,8 @@ def main() -> int:
         return 1
     explained = ("--explain", OUT / "answer.png")
     visualbert("answer", "--image", picture, "--question", QUESTIONS[0], *explained)
-    visualbert("verify", embedded())
+    shutil.copytree(embedded(), OUT / "model")
+    visualbert("verify", OUT / "model")
     return demonstrate_formats()
 
 

@@ -300,7 +300,7 @@ class _Eyes:
         return held
 
     def _found(self, image: str) -> str:
-        return os.path.join(self._folder, image)
+        return str(self._folder / image)
 
     def _keep(self, image: str, held: Any) -> None:
         self._kept[image] = held

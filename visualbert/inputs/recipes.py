@@ -70,7 +70,7 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _is(value, field.type):
-                words = getattr(field.type, "__name__", str(field.type))
+                words = field.type.__name__ if field.type in (int, str) else field.type
                 raise ConfigError(f"{field.name}={value!r} must be of type {words}")
         for name, least in _LEAST.items():
             if getattr(self, name) is not None and getattr(self, name) < least:
