@@ -198,5 +198,8 @@ def test_missing_and_oversized_files(tmp_path, monkeypatch):
 
 def test_a_file_on_the_hub_that_cannot_be_had(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(HubError, match="pass a local file"):
+    with pytest.raises(HubError, match="pass a local file") as error:
         read_answers("owner/name/answers_vqa.txt")
+    assert str(error.value).startswith(
+        "owner/name/answers_vqa.txt: no such file, and as a file on the Hub: owner/name: "
+    )

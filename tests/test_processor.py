@@ -287,6 +287,22 @@ def test_masked_words(processor):
     assert made.encoded is batch.encoded
 
 
+def test_masked_words_of_every_framework(processor):
+    texts = ["red and blue", "why"]
+    want = processor.corrupt(processor(texts), np.random.default_rng(0), 0.9)
+    for kind, library in (("pt", "torch"), ("tf", "tensorflow"), ("jax", "jax")):
+        pytest.importorskip(library)
+        batch = processor(texts, return_tensors=kind)
+        found = processor.corrupt(batch, np.random.default_rng(0), 0.9, return_tensors=kind)
+        assert {type(array) for array in found.values()} == {type(batch["input_ids"])}
+        for name, array in want.items():
+            np.testing.assert_array_equal(np.asarray(found[name]), array)
+    for probability in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UsageError) as error:
+            processor.corrupt(processor(texts), np.random.default_rng(0), probability)
+        assert str(error.value) == f"probability={probability!r} must be from 0 to 1"
+
+
 def test_files(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["processor_config.json", "vocab.txt"]

@@ -89,6 +89,13 @@ def test_it_feeds_the_model(processor):
 
 
 def test_a_tag_without_an_object(processor):
-    with pytest.raises(InputError) as error:
-        vcr_problem(processor, [[4]], [["no"]], OBJECTS)
-    assert str(error.value) == "the tag 4 is not one of 4 objects"
+    for token, sentence in [
+        ([4], "the tag 4 is not one of 4 objects"),
+        ([-1], "the tag -1 is not one of 4 objects"),
+        (["car"], "the tag 'car' is not one of 4 objects"),
+        (3, "3 is neither a word nor a list of objects' numbers"),
+    ]:
+        for question, choices in (([token], [["no"]]), (["why"], [["no"], [token]])):
+            with pytest.raises(InputError) as error:
+                vcr_problem(processor, question, choices, OBJECTS)
+            assert str(error.value) == sentence

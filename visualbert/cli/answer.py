@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 _PICTURES = (".png", ".pdf", ".svg")
+_DRAWN_WITH = {"matplotlib": "plots", "PIL": "images"}
+_BREAKS = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}  # lines, to str.splitlines
 
 
 def register(commands: Any) -> None:
@@ -126,8 +128,13 @@ def _check_options(args: argparse.Namespace) -> None:
             raise UsageError(f"--explain {args.explain!r} must end in .png, .pdf or .svg")
         if not Path(args.explain).absolute().parent.is_dir():
             raise UsageError(f"--explain {args.explain!r}: there is no such folder")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise MissingBackendError("--explain needs matplotlib: pip install visualbert[images]")
+        if args.features is not None and not os.path.isfile(args.image[0]):
+            raise UsageError("--explain needs the picture itself: pass its file with --image")
+        for library, extra in _DRAWN_WITH.items():
+            if importlib.util.find_spec(library) is None:
+                raise MissingBackendError(
+                    f"--explain needs {library}: pip install visualbert[{extra}]"
+                )
     for name in ("features", "features_index", "vocabulary", "questions"):
         value = getattr(args, name)
         if value is not None and not os.path.exists(value):
@@ -217,9 +224,9 @@ def as_json(found: "Answered", image: str | None) -> dict[str, Any]:
 
 
 def as_line(record: dict[str, Any], stream: Any) -> str:
-    """A record as JSON, in characters that the stream has."""
+    """A record as JSON, in characters that the stream has, and in one line for every reader."""
     plain = "utf" not in (getattr(stream, "encoding", None) or "utf-8").lower()
-    return json.dumps(record, ensure_ascii=plain)
+    return json.dumps(record, ensure_ascii=plain).translate(_BREAKS)
 
 
 def _show(found: "Answered", image: str | None) -> None:
@@ -235,7 +242,5 @@ def _show(found: "Answered", image: str | None) -> None:
 def _explain(args: argparse.Namespace, image: str | None, found: "Answered") -> None:
     from visualbert.explain import explain_answer, save_picture
 
-    if image is None or not os.path.isfile(image):
-        raise UsageError("--explain needs the picture itself: pass its file with --image")
     save_picture(explain_answer(image, found), args.explain)
     print(f"what it looked at: {args.explain}")

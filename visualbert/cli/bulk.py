@@ -213,7 +213,7 @@ def _done(file: IO[bytes], out: Path, questions: Path) -> tuple[int, int]:
     )
     file.seek(0)
     for line in _read(questions):
-        row = file.readline()
+        row = file.readline(8 * _LONGEST)
         if not row.endswith(b"\n"):
             start = f'{{"line": {line.number}, '.encode()
             if not (row.startswith(start) or start.startswith(row)):
@@ -276,9 +276,14 @@ class _Eyes:
 
     def begin(self, image: str) -> None:
         """Start to look at an image."""
-        if self._pool is not None and image not in self._kept:
-            with _held_back(), contextlib.suppress(BrokenProcessPool):
+        if self._pool is None or image in self._kept:
+            return
+        with _held_back():
+            try:
                 future = self._pool.submit(_extract, self._look.name, self._found(image))
+            except BrokenProcessPool:
+                self._restart()
+            else:
                 self._keep(image, future)
 
     def regions(self, image: str) -> Any:
@@ -291,7 +296,7 @@ class _Eyes:
             held = self._kept.get(image)
             if isinstance(held, Future):
                 held = held.result()
-        except BrokenProcessPool:  # somebody ended a process; what was under way is lost
+        except BrokenProcessPool:
             self._restart()
             held = None
         if held is None:
@@ -308,13 +313,13 @@ class _Eyes:
             self._kept.popitem(last=False)
 
     def _restart(self) -> None:
+        """Begin anew after somebody ended a process, with which all that was under way is lost."""
         if self._pool is not None:
             self._pool.shutdown()
         self._pool = self._started()
         under_way = [image for image, held in self._kept.items() if isinstance(held, Future)]
         for image in under_way:
             del self._kept[image]
-            self.begin(image)
 
 
 def _workers() -> int:

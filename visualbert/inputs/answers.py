@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from visualbert.errors import InputError
+from visualbert.errors import HubError, InputError
 
 if TYPE_CHECKING:
     from visualbert.config import VisualBertConfig
@@ -158,6 +158,8 @@ def _find(name: str) -> Path:
         return fetch(f"{owner}/{repository}", None, [file], "file") / file
     except ValueError:
         return path
+    except HubError as error:
+        raise HubError(f"{name}: no such file, and as a file on the Hub: {error}") from None
 
 
 def _parse(label: str, data: bytes) -> tuple[str, ...]:

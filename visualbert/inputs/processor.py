@@ -231,8 +231,7 @@ class VisualBertProcessor:
         Raises:
             InputError: a text is empty, a phrase is not in it, or regions do not fit the recipe.
         """
-        if return_tensors not in _TENSORS:
-            raise UsageError(f"return_tensors={return_tensors!r} is not one of np, pt, tf, jax")
+        _check_kind(return_tensors)
         texts = as_texts(text)
         pairs = _pairs(text_pair, isinstance(text, str), len(texts), self.recipe)
         encoded = [self._encode(f"text {n}", a, b) for n, (a, b) in _numbered(texts, pairs)]
@@ -254,7 +253,14 @@ class VisualBertProcessor:
             batch[name] = _tensor(array, return_tensors)
         return batch
 
-    def corrupt(self, batch: Batch, rng: np.random.Generator, probability: float = 0.15) -> Batch:
+    def corrupt(
+        self,
+        batch: Batch,
+        rng: np.random.Generator,
+        probability: float = 0.15,
+        *,
+        return_tensors: str = "np",
+    ) -> Batch:
         """A batch for masked language modelling: some wordpieces replaced, and `labels`.
 
         Every wordpiece is chosen with `probability`; of the chosen 80 % become `[MASK]`, 10 % any
@@ -263,10 +269,14 @@ class VisualBertProcessor:
         special tokens.
 
         Args:
-            batch: of numpy arrays, as `__call__` gives it.
+            batch: as `__call__` gives it.
             rng: where chance comes from.
             probability: of a wordpiece to be chosen.
+            return_tensors: as for `__call__`.
         """
+        _check_kind(return_tensors)
+        if not 0 <= probability <= 1:
+            raise UsageError(f"probability={probability!r} must be from 0 to 1")
         ids = np.array(batch["input_ids"])
         special = np.isin(ids, list(self.tokenizer.special.values()))
         chosen = (rng.random(ids.shape) < probability) & ~special
@@ -275,7 +285,8 @@ class VisualBertProcessor:
         labels = np.where(chosen, ids, IGNORED)
         ids = np.where(chosen & (fate < 0.8), self.tokenizer.special["[MASK]"], ids)
         ids = np.where(chosen & (fate >= 0.9), words, ids)
-        made = Batch({**batch, "input_ids": ids, "labels": labels})
+        arrays = {**batch, "input_ids": ids, "labels": labels}
+        made = Batch({name: _tensor(np.asarray(x), return_tensors) for name, x in arrays.items()})
         made.__dict__.update(batch.__dict__)
         return made
 
@@ -501,6 +512,11 @@ def _joined(parts: list[Regions] | None) -> Regions | None:
     if len(parts) == 1:
         return parts[0]
     return Regions(np.concatenate([part.features for part in parts]))
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in _TENSORS:
+        raise UsageError(f"return_tensors={kind!r} is not one of {', '.join(_TENSORS)}")
 
 
 def _tensor(array: np.ndarray, kind: str) -> Any:

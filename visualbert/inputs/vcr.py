@@ -78,10 +78,12 @@ def vcr_problem(
 def _tags(tokens: Tokens, objects: Sequence[str]) -> Iterator[int]:
     """The objects that are mentioned, in order."""
     for token in tokens:
+        if not isinstance(token, (str, list, tuple)):
+            raise InputError(f"{token!r} is neither a word nor a list of objects' numbers")
         for tag in () if isinstance(token, str) else token:
-            if not 0 <= tag < len(objects):
-                raise InputError(f"the tag {tag} is not one of {len(objects)} objects")
-            yield tag
+            if not isinstance(tag, (int, np.integer)) or not 0 <= tag < len(objects):
+                raise InputError(f"the tag {tag!r} is not one of {len(objects)} objects")
+            yield int(tag)
 
 
 def _named(
