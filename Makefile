@@ -28,6 +28,7 @@ bench-convert: .venv/installed
 	$(BIN)/python tools/benchmark_convert.py
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
+	@echo "setting up .venv: a few minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
 	touch $@

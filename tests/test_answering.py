@@ -161,7 +161,6 @@ def test_what_is_no_question_or_picture(pipelines, seen, tmp_path):
     for arguments, sentence in [
         ((seen[0][0], ""), "text 0 is empty; there is nothing to read"),
         ((None, "why"), "pass an image, or the regions of one"),
-        ((seen[0][0], None), "a text must be a string, or a list of them, got NoneType"),
         ((seen[0][0], b"why"), "a text must be a string, or a list of them, got bytes"),
         ((seen[0][0], []), "there is no text; a batch has at least one"),
     ]:
@@ -180,7 +179,9 @@ def test_what_is_no_question_or_picture(pipelines, seen, tmp_path):
     assert str(error.value) == "batch_size=0 must be at least 1"
     with pytest.raises(UsageError) as error:
         pipeline("captioning")
-    assert str(error.value) == "unknown task 'captioning'; expected one of vqa"
+    assert str(error.value) == (
+        "unknown task 'captioning'; expected one of vqa, visual-question-answering"
+    )
 
 
 # Files that do not fit each other
@@ -426,3 +427,30 @@ def test_another_head_answers_nothing(tmp_path):
         f"{tmp_path} is a VisualBertForVisualReasoning, which answers no questions; expected a "
         "VisualBertForQuestionAnswering"
     )
+
+
+def test_what_newcomers_pass(pipelines, seen, asked):
+    pipe, image = pipelines["pt"], seen[0][0]
+    for arguments, sentence in [
+        ((image,), "pass a question about the image: (image, question)"),
+        ((asked[0][1], "why"), "these are regions, and no image; pass them as regions=…"),
+        (([image], "why"), "one image is looked at in a call; ask about each of them"),
+    ]:
+        with pytest.raises(InputError) as error:
+            pipe(*arguments)
+        assert str(error.value) == sentence
+    assert pipeline("visual-question-answering", backend="pt").answers == pipe.answers
+    assert repr(pipe) == (
+        "<18 answers of VisualBertForQuestionAnswering by the recipe 'scenes': (image, question)>"
+    )
+
+
+def test_unknown_words_are_told(pipelines, seen, recwarn):
+    image = seen[0][0]
+    with pytest.warns(UserWarning, match="vocabulary") as caught:
+        pipelines["pt"](image, ["is the zorgle red", "a blurf zorgle"])
+    assert [str(w.message) for w in caught] == [
+        "the model's vocabulary does not hold 'zorgle', 'blurf'; what it says of them is guessed"
+    ]
+    pipelines["pt"](image, "is there a red 3")
+    assert not recwarn.list

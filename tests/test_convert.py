@@ -382,19 +382,21 @@ def test_names_of_checkpoint_files(tmp_path):
     names = [WEIGHTS, BIN, KERAS, MSGPACK, ORBAX, DETECTOR, RECORD, "config.json"]
     names += [f for _, files in TARGETS.values() for f in files]
     names += ["pytorch_model-00001-of-00002.bin", BIN + ".index.json"]
-    beside = ["processor_config.json", "tokenizer.json", "vocab.txt", "features.safetensors"]
+    beside = ["processor_config.json", "tokenizer_config.json", "vocab.txt", "features.safetensors"]
     assert all(map(writing._is_ours, names + beside))
     for name in (
         "notes.txt",
         "../config.json",
         "a/config.json",
         "config.json.bak",
-        "tokenizer_config.json",
+        "special_tokens_map.json",
     ):
         assert not writing._is_ours(name)
     for name in [*names, *beside]:
         (tmp_path / name).touch()
-    assert writing.held_files(tmp_path) == sorted(set(names))  # what goes when another takes its place
+    assert writing.held_files(tmp_path) == sorted(
+        set(names)
+    )  # what goes when another takes its place
     assert writing.RECORD == RECORD
 
 

@@ -910,3 +910,23 @@ def test_places_of_regions_as_six_numbers():
         assert str(caught.value) == (
             f"the places of regions need their {part}, which are not known"
         )
+
+
+def test_what_is_written_is_pairs(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_features(path, {"a": Regions([[1.0]]), "b": Regions([[2.0], [3.0]])})
+    with open_features(path) as store:
+        assert {image: regions.features.tolist() for image, regions in store.items()} == {
+            "a": [[1]],
+            "b": [[2], [3]],
+        }
+    for items, got in [
+        (["ab"], "str"),
+        ([("a", np.zeros((1, 2)))], "('str', 'ndarray')"),
+        ([("a", 1, 2)], "tuple"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            write_features(path, items)
+        assert str(caught.value) == (
+            f"items must be pairs of an image's id and its Regions, got {got}"
+        )

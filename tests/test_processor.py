@@ -584,3 +584,14 @@ def test_without_a_vocabulary_the_hub_is_asked(tmp_path, monkeypatch):
     assert str(error.value).endswith(
         "pass a vocab.txt: vocabulary=…, or --vocabulary on the command line"
     )
+
+
+def test_regions_of_the_wrong_kind(processor):
+    for regions, sentence in [
+        ("a.png", "regions='a.png' are no regions; a picture is passed as images=…"),
+        (np.zeros(2048), "regions have the shape (2048,), expected (regions, width)"),
+        ([made(3), made(3)], "1 text and regions of 2 images; pass one for each"),
+    ]:
+        with pytest.raises(InputError) as error:
+            processor("why", regions=regions)
+        assert str(error.value) == sentence

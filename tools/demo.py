@@ -52,9 +52,11 @@ def visualbert(*args: object) -> None:
 def answer_everywhere(picture: Path) -> bool:
     """The answers of all three frameworks to the same questions; prints them side by side."""
     from visualbert import backend_names, pipeline
-    from visualbert.cli.common import console, table
+    from visualbert.cli.common import console, load_backend, table
 
     names = backend_names(installed=True)
+    for name in names:
+        load_backend(name)
     found = {name: pipeline("vqa", backend=name)(picture, QUESTIONS) for name in names}
     made = table("question", *names, title=f"{picture.name}, answers and probabilities")
     equal = True
@@ -77,10 +79,12 @@ def compare_with_bert(bert: Path, folder: Path) -> bool:
     import numpy as np
     import torch
     from transformers import AutoTokenizer, BertModel
+    from transformers.utils import logging
 
     from visualbert import backend_names, get_backend, load
     from visualbert.cli.common import console, table
 
+    logging.disable_progress_bar()
     inputs = dict(AutoTokenizer.from_pretrained(bert)(SENTENCES, padding=True, return_tensors="np"))
     with torch.no_grad():
         tensors = {name: torch.as_tensor(x) for name, x in inputs.items()}

@@ -7,6 +7,7 @@ answer("scene.png", "what digit is red?")
 import math
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from visualbert.inputs.recipes import Recipe
     from visualbert.pretrained import Checkpoint
 
-TASKS = ("vqa",)
+TASKS = ("vqa", "visual-question-answering")  # the second is transformers' name for it
 EMBEDDED = "scenes"  # the name of the model that comes with the package
 _ARCHITECTURE = "VisualBertForQuestionAnswering"
 _STEP = 8  # lengths are padded to multiples of it, so that few shapes are compiled
@@ -90,7 +91,7 @@ def pipeline(
     """Something to ask questions about pictures.
 
     Args:
-        task: "vqa".
+        task: "vqa", or transformers' "visual-question-answering".
         model: a folder, file or Hub id of a `VisualBertForQuestionAnswering`, or a loaded model of
             any framework; the model that comes with the package when left out.
         backend: "pt", "tf" or "flax"; the first that is installed when left out.
@@ -100,6 +101,9 @@ def pipeline(
             configuration has no names.
         dtype: in which the model computes, whatever its file holds.
         revision: branch, tag or commit on the Hub.
+
+    Returns:
+        `QuestionAnswering`, which is called with an image and a question.
 
     Raises:
         UsageError: the task or the backend is none.
@@ -180,7 +184,7 @@ class QuestionAnswering:
     def __call__(
         self,
         image: Any = None,
-        question: str | Sequence[str] = "",
+        question: str | Sequence[str] | None = None,
         *,
         regions: Regions | np.ndarray | None = None,
         top: int = 5,
@@ -201,6 +205,12 @@ class QuestionAnswering:
         Raises:
             InputError: the image is none, a question is empty, or regions do not fit the model.
         """
+        if question is None:
+            raise InputError("pass a question about the image: (image, question)")
+        if isinstance(image, Regions):
+            raise InputError("these are regions, and no image; pass them as regions=…")
+        if isinstance(image, (list, tuple)):
+            raise InputError("one image is looked at in a call; ask about each of them")
         if (image is None) == (regions is None):
             raise InputError("pass an image, or the regions of one")
         single = isinstance(question, str)
@@ -208,6 +218,12 @@ class QuestionAnswering:
         seen = self.look(image) if regions is None else regions
         found = self.ask(questions, [seen] * len(questions), top=top, attentions=attentions)
         return found[0] if single else found
+
+    def __repr__(self) -> str:
+        model, recipe = type(self.model).__name__, self.processor.recipe.name
+        return (
+            f"<{len(self.answers)} answers of {model} by the recipe {recipe!r}: (image, question)>"
+        )
 
     def look(self, image: Any) -> Regions:
         """The regions of an image, as the model's recipe wants them."""
@@ -234,6 +250,7 @@ class QuestionAnswering:
         """
         top = _at_least_1("top", top)
         batch = self.processor(questions, regions=regions)
+        self._tell_unknown(batch)
         inputs = self._padded(batch)
         output = self._run(inputs, attentions)
         scores = output["logits"].astype(np.float64)
@@ -266,6 +283,23 @@ class QuestionAnswering:
             room = [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
             found[name] = np.pad(array, room)
         return found
+
+    def _tell_unknown(self, batch: Batch) -> None:
+        """Warn of words that the model's vocabulary does not have."""
+        unknown = self.processor.tokenizer.special["[UNK]"]
+        words = {
+            word: None
+            for encoded in batch.encoded
+            if unknown in encoded.ids
+            for word, first, end in encoded.words
+            if unknown in encoded.ids[first:end]
+        }
+        if words:
+            warnings.warn(
+                f"the model's vocabulary does not hold {', '.join(map(repr, words))}; what it says "
+                "of them is guessed",
+                stacklevel=4,
+            )
 
     def _run(self, inputs: dict[str, np.ndarray], attentions: bool) -> Mapping[str, np.ndarray]:
         if attentions not in self._compiled:

@@ -42,7 +42,9 @@ from visualbert.schema import PREFIX, check_architecture
 
 DETECTOR = "detector.safetensors"
 BERT_CONFIG = "bert_config.json"
-PROCESSOR = ("processor_config.json", "tokenizer.json", "vocab.txt")  # what goes with a model
+PROCESSOR = (  # what goes with a model
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+)
 NATIVE: dict[str, Callable[[str, Path], Tensors]] = {
     KERAS: KerasFile,
     ORBAX: OrbaxFolder,

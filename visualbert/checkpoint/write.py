@@ -52,7 +52,7 @@ _OURS = re.compile(  # the files of a checkpoint in any format
     r"(model|pytorch_model|detector)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 )
 _BESIDE = re.compile(  # and what else is written through `replace_files`
-    r"(processor_config|tokenizer)\.json|vocab\.txt|.+\.safetensors"
+    r"(processor_config|tokenizer|tokenizer_config)\.json|vocab\.txt|.+\.safetensors"
 )
 _ALIGNMENT = 64  # bytes; TensorFlow's, the largest
 

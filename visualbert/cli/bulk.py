@@ -153,10 +153,13 @@ def _read(path: Path) -> Iterator[_Line]:
 
 
 def _parse(number: int, row: bytes) -> _Line:
+    if not row.strip():
+        return _Line(number, {}, "the line is empty")
     try:
         values = json.loads(row.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        return _Line(number, {}, f"not readable as JSON: {error}")
+        reason = getattr(error, "msg", error)
+        return _Line(number, {}, f"not readable as JSON: {reason}")
     if not isinstance(values, dict):
         return _Line(number, {}, 'expected an object such as {"image": …, "question": …}')
     wrong = [key for key in _ASKED if not isinstance(values.get(key), str)]

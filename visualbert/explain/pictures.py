@@ -31,6 +31,7 @@ _MAIN_HEIGHT, _MAIN_WIDTH = 2.3, 3.9  # inches, at most
 _BARS = 3.4  # inches, at most
 _SHAPES = 1 / 4, 4.0  # height / width; beyond, pixels are not square
 _PANEL_PIXELS = 480  # of the longer side
+_WHOLE = 0.95  # of the image, from which on a box is all of it
 _STRONGEST = 0.9  # opacity of the strongest shade
 _MOST_PANELS, _MOST_ANSWERS, _MOST_LINES = 12, 8, 4
 _NAMES = {"[MASK]": "answer"}
@@ -263,6 +264,11 @@ def _outline(axes: Any, photo: _Photo, box: np.ndarray, **how: Any) -> None:
     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, facecolor="none", clip_on=False, **how))
 
 
+def percent_of(share: float) -> str:
+    """A probability for people."""
+    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
+
+
 def _draw_answers(page: _Page, bars: list[tuple[str, float]]) -> None:
     """Horizontal bars, the best at the top, each with its text before and its share behind."""
     left = EDGE + page.main_width + 0.3
@@ -279,7 +285,7 @@ def _draw_answers(page: _Page, bars: list[tuple[str, float]]) -> None:
         weight = "bold" if best else "normal"
         for x, string, side, offset in (
             (0, text, "right", -0.06),
-            (share, f"{100 * share:.1f} %", "left", 0.05),
+            (share, percent_of(share), "left", 0.05),
         ):
             axes.annotate(
                 string, (x, row), (72 * offset, 0), textcoords="offset points", ha=side,
@@ -334,10 +340,17 @@ def _faded(photo: _Photo) -> _Photo:
 
 
 def _shaded(photo: _Photo, boxes: np.ndarray, strengths: np.ndarray) -> np.ndarray:
-    """The faded image, every pixel tinted by the strongest box over it."""
+    """The faded image, every pixel tinted by the strongest box over it.
+
+    A box that is the whole image, where there are others, tints nothing: it would hide them.
+    """
     height, width = photo.pixels.shape[:2]
     scale = np.array([width / photo.size[0], height / photo.size[1]] * 2)
     heat = np.zeros((height, width, 1))
+    area = (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1) / np.prod(photo.size)
+    whole = area >= _WHOLE
+    if not whole.all():
+        boxes, strengths = boxes[~whole], strengths[~whole]
     for box, strength in zip(boxes * scale, strengths, strict=True):
         x1, y1 = np.floor(box[:2].clip(0)).astype(int)
         x2, y2 = np.ceil(box[2:].clip(0)).astype(int)

@@ -5,8 +5,9 @@ image is read when it is asked for. Source of the formats: `visualbert.inputs.fe
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,8 @@ def write_features(path: str | os.PathLike, items: Iterable[tuple[str | int, Reg
 
     Args:
         path: of the file.
-        items: pairs of an image's id and its regions; all of one width and provenance.
+        items: pairs, or a mapping, of an image's id and its regions; all of one width and
+            provenance.
 
     Raises:
         InputError: there are none, an id comes twice, or two do not fit into one file.
@@ -100,7 +102,17 @@ def write_features(path: str | os.PathLike, items: Iterable[tuple[str | int, Reg
         raise InputError(
             f"{path}: a folder; give the file to write, such as {path}/features.safetensors"
         )
-    replace_files(path.parent, {path.name: lambda new: own_files.write(new, items)})
+    replace_files(path.parent, {path.name: lambda new: own_files.write(new, _pairs(items))})
+
+
+def _pairs(items: Any) -> Iterator[tuple[str, Regions]]:
+    """The items, one by one, if they are pairs of an id and regions."""
+    for item in items.items() if isinstance(items, Mapping) else items:
+        pair = isinstance(item, tuple) and len(item) == 2
+        if not pair or not isinstance(item[1], Regions):
+            shown = tuple(type(part).__name__ for part in item) if pair else type(item).__name__
+            raise InputError(f"items must be pairs of an image's id and its Regions, got {shown}")
+        yield item
 
 
 def with_spatial(regions: Regions) -> Regions:

@@ -313,6 +313,10 @@ class VisualBertProcessor:
             ]
         if regions is None:
             return [None] * count
+        if isinstance(regions, (str, bytes, os.PathLike)):
+            raise InputError(f"regions={regions!r} are no regions; a picture is passed as images=…")
+        if getattr(regions, "ndim", 2) == 1:
+            raise InputError(f"regions have the shape {regions.shape}, expected (regions, width)")
         single = isinstance(regions, Regions) or getattr(regions, "ndim", None) == 2
         try:
             given = [regions] * count if single else list(regions)
@@ -324,7 +328,10 @@ class VisualBertProcessor:
         if len(given) == 1:
             given *= count
         if len(given) != count:
-            raise InputError(f"{count} texts and regions of {len(given)} images; pass one for each")
+            texts, pictures = f"{count} text{'s' * (count != 1)}", len(given)
+            raise InputError(
+                f"{texts} and regions of {pictures} image{'s' * (pictures != 1)}; pass one for each"
+            )
         return [self._fitting(f"regions {n}", item) for n, item in enumerate(given)]
 
     @property
