@@ -6,7 +6,7 @@ the original's VQA head. Two more losses, whose heads are dropped afterwards, as
 digit and colour it is, and whether it is what the answer is about. Test scenes hold only
 handwriting that training never saw.
 
-    python tools/train_embedded.py OUT [--scenes 12000] [--minutes 45] [--seed 1]
+    python tools/train_embedded.py OUT [--scenes 9000] [--minutes 42] [--seed 1]
 """
 
 import argparse
@@ -214,8 +214,8 @@ def main() -> None:
     """Draw, see, train, test, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--scenes", type=int, default=12_000)
-    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--scenes", type=int, default=9000)
+    parser.add_argument("--minutes", type=float, default=42)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
