@@ -732,11 +732,13 @@ def test_no_checkpoint(command, refused, tmp_path):
 
     assert say(tmp_path / "none") == f"{tmp_path}/none: no such file or folder"
     assert say("") == "the checkpoint's name is empty; expected a folder or a Hub id"
-    (tmp_path / "file").write_text("x")
-    assert say(tmp_path / "file") == (
-        f"{tmp_path}/file: none of the formats that are read: torch's (zip or older), safetensors, "
-        "HDF5, msgpack, a tar archive, or a TensorFlow checkpoint (give its name without .index)"
-    )
+    for data in (b"x", b"\x89PNG\r\n\x1a\n" + bytes(99)):  # a picture begins as a mapping does
+        (tmp_path / "file").write_bytes(data)
+        assert say(tmp_path / "file") == (
+            f"{tmp_path}/file: none of the formats that are read: torch's (zip or older), "
+            "safetensors, HDF5, msgpack, a tar archive, or a TensorFlow checkpoint (give its name "
+            "without .index)"
+        )
     (tmp_path / "empty").mkdir()
     empty = say(tmp_path / "empty")
     assert empty.startswith(f"{tmp_path}/empty: no weights found; ") or (

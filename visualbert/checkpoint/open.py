@@ -52,6 +52,7 @@ NATIVE: dict[str, Callable[[str, Path], Tensors]] = {
 }
 _BUNDLE = ".index"  # behind the name of a TensorFlow checkpoint
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_PNG = b"\x89PNG"  # which begins as a mapping of msgpack does
 _TORCH_STARTS = (b"PK\x03\x04", b"\x80")  # a zip, a pickle
 _SUFFIXES = (*WEIGHTS, ".tar", ".tar.gz", ".tgz", ".safetensors", ".h5", ".keras", ".msgpack")
 _MMF_MODELS = ("model_config", "model_attributes")  # today's name, and Pythia's
@@ -392,7 +393,8 @@ def _kind(path: Path, head: bytes) -> Callable[[str, Path], Tensors]:
         return lambda label, path: TorchFiles(label, [path])
     if head.startswith(_HDF5):
         return KerasFile
-    if head[:1] and (head[0] >> 4 == 0x8 or head[0] in (0xDE, 0xDF)):
+    mapping = head[:1] and (head[0] >> 4 == 0x8 or head[0] in (0xDE, 0xDF))
+    if mapping and not head.startswith(_PNG):
         return MsgpackFile
     raise CheckpointError(
         f"{path}: none of the formats that are read: torch's (zip or older), safetensors, HDF5, "
