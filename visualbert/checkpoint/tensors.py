@@ -5,6 +5,7 @@ all `Tensors`; loading, saving and converting only ever see this protocol.
 """
 
 import math
+import mmap
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,10 +198,14 @@ def transpose(array: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
 
 
 class Memory:
-    """One block of memory from which arrays are cut, in huge pages where the system has them."""
+    """One block of memory from which arrays are cut.
+
+    It is mapped, not numpy's: numpy asks for huge pages, and a system whose memory is in pieces
+    spends longer on finding them than they save.
+    """
 
     def __init__(self, size: int) -> None:
-        self._block = np.empty(size, np.uint8)
+        self._block = np.frombuffer(mmap.mmap(-1, max(size, 1)), np.uint8)
         self._end = 0
 
     @staticmethod
