@@ -8,7 +8,7 @@ import torch
 import yaml
 from golden_cases import golden, prepared
 
-from visualbert.pt.backend import from_numpy
+from visualbert.pt.convert import from_numpy
 
 HEADS = {"num_attention_heads": 3}  # the golden models are too narrow to guess
 DETECTOR = {  # SimpleDetector's layers (utils/detector.py), narrower

@@ -67,15 +67,20 @@ def test_round_trip_through_transformers(fields, written, tmp_path):
 
 def test_written_file(tmp_path):
     """Sorted, ASCII whatever the locale, and without what belongs to a process."""
-    config = tiny_config(id2label={0: "ä", 1: "\ud800"}, num_labels=2, attn_implementation="eager")
+    settings = {
+        "attn_implementation": "eager",
+        "packing": "always",
+        "sparse_prediction": True,
+    }
+    config = tiny_config(id2label={0: "ä", 1: "\ud800"}, num_labels=2, **settings)
     config.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_bytes().decode("ascii")
     values = json.loads(text)
     assert list(values) == sorted(values) and text.endswith("}\n")
-    assert values["model_type"] == "visual_bert" and "attn_implementation" not in values
+    assert values["model_type"] == "visual_bert" and not settings.keys() & values.keys()
     again = VisualBertConfig.from_pretrained(tmp_path)
     assert again.id2label == {0: "ä", 1: "\ud800"}
-    assert again.replace(attn_implementation="eager") == config
+    assert again != config and again.replace(**settings) == config
     assert os.listdir(tmp_path) == ["config.json"]
 
 
@@ -210,9 +215,10 @@ def test_wrong_types(name, value):
             "hidden_act='tanh' is not one of gelu, gelu_new, gelu_pytorch_tanh, relu, silu, swish",
         ),
         (
-            {"attn_implementation": "flash"},
-            "attn_implementation='flash' is not one of sdpa, eager",
+            {"attn_implementation": "cudnn"},
+            "attn_implementation='cudnn' is not one of sdpa, eager, flash",
         ),
+        ({"packing": "training"}, "packing='training' is not one of inference, always, never"),
         ({"classifier_head": "Linear"}, "classifier_head='Linear' is not one of linear, mlp"),
         (
             {"tie_word_embeddings": False},

@@ -92,7 +92,7 @@ def load_whole(folder):
 
 
 def torch_tensors(arrays):
-    from visualbert.pt.backend import from_numpy
+    from visualbert.pt.convert import from_numpy
 
     return {name: from_numpy(array) for name, array in arrays.items()}
 

@@ -11,11 +11,13 @@ from visualbert.backend import native_name, to_native
 from visualbert.schema import parameters
 
 
+@pytest.mark.parametrize("packing", ["inference", "never"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
-def test_original_outputs(case, backend, record_property):
+def test_original_outputs(case, backend, packing, record_property):
     architecture, config, tensors, _, _ = prepared(case)
     chosen = get_backend(backend)
+    config = config.replace(packing=packing)
     model = make_model(chosen, architecture, config, "float32", tensors)
     errors = output_errors(case, chosen, model)
     record_property("golden", [case, "outputs", backend, max(errors)])

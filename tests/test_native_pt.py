@@ -301,7 +301,9 @@ class TestTrainer:
         assert model.config == config
         assert (tmp_path / "tokenizer.json").exists()
         model.save_pretrained(tmp_path)
-        again = visualbert.VisualBertForQuestionAnswering.from_pretrained(tmp_path)
+        again = visualbert.VisualBertForQuestionAnswering.from_pretrained(
+            tmp_path, packing=config.packing
+        )
         assert difference(again(**batch(ANSWERS)), model.eval()(**batch(ANSWERS))) == 0
 
     def test_the_config_stays_frozen_otherwise(self):

@@ -574,4 +574,4 @@ class TestFiles:
         rows = B * C if architecture == CHOICE else B
         assert [tuple(x.shape) for x in found.hidden_states] == [(rows, S, 24)] * 3
         assert [tuple(x.shape) for x in found.attentions] == [(rows, 3, S, S)] * 2
-        assert difference({k: found[k] for k in model(**inputs)}, model(**inputs)) == 0
+        assert difference({k: found[k] for k in model(**inputs)}, model(**inputs)) < 1e-5

@@ -4,7 +4,6 @@ answer = visualbert.pipeline("vqa")
 answer("scene.png", "what digit is red?")
 """
 
-import math
 import operator
 import os
 import warnings
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 TASKS = ("vqa", "visual-question-answering")  # the second is transformers' name for it
 EMBEDDED = "scenes"  # the name of the model that comes with the package
 _ARCHITECTURE = "VisualBertForQuestionAnswering"
-_STEP = 8  # lengths are padded to multiples of it, so that few shapes are compiled
 _NO_ANSWERS = ("<unk>", "")  # labels that the original never gives as an answer
 
 
@@ -178,7 +176,7 @@ class QuestionAnswering:
     def __init__(self, model: Any, processor: VisualBertProcessor, answers: Sequence[str]) -> None:
         self.model, self.processor, self.answers = model, processor, tuple(answers)
         self._backend = get_backend(model.framework)
-        self._compiled: dict[bool, Any] = {}
+        self._predictors: dict[bool, Any] = {}
         self._given = np.array([word not in _NO_ANSWERS for word in self.answers])
 
     def __call__(
@@ -251,7 +249,7 @@ class QuestionAnswering:
         top = _at_least_1("top", top)
         batch = self.processor(questions, regions=regions)
         self._tell_unknown(batch)
-        inputs = self._padded(batch)
+        inputs = _shared(batch, regions)
         output = self._run(inputs, attentions)
         scores = output["logits"].astype(np.float64)
         probabilities = _PROBABILITIES[self.processor.recipe.scores](scores)
@@ -272,18 +270,6 @@ class QuestionAnswering:
             for row, question in enumerate(questions)
         ]
 
-    def _padded(self, batch: Batch) -> dict[str, np.ndarray]:
-        """The inputs with text and regions padded to a few lengths; what is padded is masked."""
-        positions = self.model.config.max_position_embeddings
-        found = {}
-        for name, array in batch.items():
-            length = math.ceil(array.shape[1] / _STEP) * _STEP
-            if not name.startswith("visual_"):
-                length = min(length, positions)
-            room = [(0, 0), (0, length - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
-            found[name] = np.pad(array, room)
-        return found
-
     def _tell_unknown(self, batch: Batch) -> None:
         """Warn of words that the model's vocabulary does not have."""
         unknown = self.processor.tokenizer.special["[UNK]"]
@@ -302,10 +288,10 @@ class QuestionAnswering:
             )
 
     def _run(self, inputs: dict[str, np.ndarray], attentions: bool) -> Mapping[str, np.ndarray]:
-        if attentions not in self._compiled:
+        if attentions not in self._predictors:
             options = {"output_attentions": True} if attentions else {}
-            self._compiled[attentions] = self._backend.compiled(self.model, **options)
-        return self._compiled[attentions](inputs)
+            self._predictors[attentions] = self._backend.predictor(self.model, **options)
+        return self._predictors[attentions](inputs)
 
     def stream(
         self, items: Iterable[tuple[str, Any]], *, top: int = 5, batch_size: int = 32
@@ -320,6 +306,20 @@ class QuestionAnswering:
                 held = []
         if held:
             yield self.ask(*zip(*held, strict=True), top=top)
+
+
+def _shared(batch: Batch, regions: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The inputs of a batch, with the regions of each image once."""
+    first: dict[int, int] = {}
+    rows = [first.setdefault(id(seen), row) for row, seen in enumerate(regions)]
+    inputs = dict(batch)
+    if len(first) == len(rows) or "visual_embeds" not in inputs:
+        return inputs
+    images = list(first.values())
+    for name in inputs:
+        if name.startswith("visual_"):
+            inputs[name] = inputs[name][images]
+    return {**inputs, "image_index": np.array([images.index(row) for row in rows], np.int32)}
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ from visualbert.keywords import check_source, did_you_mean, without_habits
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "visual_bert"
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sdpa", "eager", "flash")
+PACKINGS = ("inference", "always", "never")
 CLASSIFIER_HEADS = ("linear", "mlp")
 
 _AT_LEAST_ONE = (
@@ -43,8 +44,12 @@ _LABELS = ("num_labels", "id2label", "label2id")  # what goes when the labels ch
 _CHOICES = {
     "hidden_act": ACTIVATIONS,
     "attn_implementation": ATTENTIONS,
+    "packing": PACKINGS,
     "classifier_head": CLASSIFIER_HEADS,
 }
+# What a process does, not what a model is: never read from a file or written to one.
+SETTINGS = ("attn_implementation", "packing", "sparse_prediction")
+_ALIASES = {"flash_attention_2": "flash", "flash_attention_3": "flash"}  # transformers' names
 # Written only where they are not the default: transformers leaves them out, or does not know them.
 _UNWRITTEN = {
     "output_attentions": False,
@@ -101,8 +106,14 @@ class VisualBertConfig:
         id2label: names of the labels, by index.
         architectures: class names that wrote the checkpoint, as transformers records them.
         output_attentions, output_hidden_states: what a call returns when it does not say.
-        attn_implementation: "sdpa" (the framework's fused attention where it has one) or "eager". A
-            setting of this process: never written to a file.
+        attn_implementation: "sdpa" (the framework's fused attention where it has one), "eager", or
+            "flash", variable-length flash attention on a GPU, refused elsewhere; transformers'
+            "flash_attention_2" is understood. A setting of this process, as the next two: never
+            written to a config.json.
+        packing: when a batch is computed without its padding: in "inference", "always", in training
+            too, or "never" (`visualbert.packing`).
+        sparse_prediction: with labels, `VisualBertForPreTraining` predicts words where there is a
+            label alone and returns the loss without `prediction_logits`.
         extra: keys of a config.json that this class does not know, kept for the way back.
 
     Raises:
@@ -134,10 +145,15 @@ class VisualBertConfig:
     architectures: tuple[str, ...] | None = None
     output_attentions: bool = False
     output_hidden_states: bool = False
-    attn_implementation: str = field(default="sdpa", compare=True)
+    attn_implementation: str = "sdpa"
+    packing: str = "inference"
+    sparse_prediction: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
+        name = self.attn_implementation
+        if isinstance(name, str) and name in _ALIASES:
+            object.__setattr__(self, "attn_implementation", _ALIASES[name])
         self._check_types()
         self._check_collections()
         self._settle_labels()
@@ -157,8 +173,8 @@ class VisualBertConfig:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"expected a mapping of fields, got {reprlib.repr(values)}")
-        known = _field_names() - {"extra", "attn_implementation"}
-        _refuse_unknown(changes, known | {"attn_implementation"})
+        known = _field_names() - {"extra", *SETTINGS}
+        _refuse_unknown(changes, known | {*SETTINGS})
         labels = values.get("id2label")
         count = len(labels) if isinstance(labels, Mapping) else values.get("num_labels")
         stale = _LABELS if _relabels(changes, count) else ()
@@ -199,7 +215,7 @@ class VisualBertConfig:
         """What belongs into a config.json, in plain JSON types."""
         values: dict[str, Any] = {"model_type": MODEL_TYPE}
         for f in dataclasses.fields(self):
-            if f.name not in ("extra", "attn_implementation", "id2label", "num_labels"):
+            if f.name not in ("extra", "id2label", "num_labels", *SETTINGS):
                 values[f.name] = getattr(self, f.name)
         if self.architectures is None:
             del values["architectures"]
@@ -274,7 +290,7 @@ class VisualBertConfig:
             object.__setattr__(self, "architectures", tuple(names))
         if not isinstance(self.extra, Mapping):
             raise ConfigError(f"extra must be a mapping, got {reprlib.repr(self.extra)}")
-        twice = sorted(self.extra.keys() & (_field_names() - {"extra", "attn_implementation"}))
+        twice = sorted(self.extra.keys() & (_field_names() - {"extra", *SETTINGS}))
         if twice:
             raise ConfigError(f"extra holds {twice[0]!r}, which is a field of its own")
 

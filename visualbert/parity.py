@@ -20,6 +20,7 @@ from visualbert.checkpoint.tensors import DTYPES, Tensors, cast
 from visualbert.config import VisualBertConfig
 from visualbert.errors import CheckpointError, InputError, UsageError
 from visualbert.inputs.contract import INPUTS, is_floating
+from visualbert.packing import flat_masks, joint_visibility
 from visualbert.pretrained import Checkpoint, ModelTensors, load_model, save_model
 from visualbert.schema import BODY, parameters
 
@@ -146,10 +147,12 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Everything that a call gives, by name; gradients as `gradient NAME` in the canonical layout.
 
-    Attentions come from a call of their own, since asking for them switches to the plain form.
+    Hidden states and words at padding, which mean nothing, are zero. Attentions come from a call of
+    their own, since asking for them switches to the plain form.
     """
     inputs = _cast_inputs(architecture, inputs, dtype)
     found = backend.call(model, {**inputs, "output_hidden_states": True})
+    found = {name: without_padding(name, x, inputs) for name, x in found.items()}
     plain = backend.call(model, {**inputs, "output_attentions": True})
     found |= {name: x for name, x in plain.items() if name.startswith("attentions")}
     if "loss" in found:
@@ -158,6 +161,18 @@ def run(
             gradient = gradients[native_name(backend, p)]
             found[f"gradient {p.name}"] = to_native(backend, p, gradient)
     return found
+
+
+def without_padding(name: str, x: np.ndarray, inputs: Mapping[str, Any]) -> np.ndarray:
+    """An output in which what a batch's padding gives is zero, as in a batch that was packed."""
+    if name.partition(".")[0] not in ("last_hidden_state", "hidden_states", "prediction_logits"):
+        return x
+    masks = [inputs.get("attention_mask"), inputs.get("visual_attention_mask")]
+    if masks[0] is None:
+        return x
+    text, regions, index = flat_masks(*masks)
+    visible = joint_visibility(text, regions, index)[:, : x.shape[1]]  # text alone, late fusion
+    return np.where(visible[..., None], x, 0)
 
 
 def _cast_inputs(architecture: str, inputs: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Flax (NNX) as a backend: five leaves, and how its arrays go in and out."""
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import nnx
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
 from visualbert.flax import modeling
+from visualbert.flax.predictor import Predictor, precision
 from visualbert.schema import ARCHITECTURES, Kind
 
 
@@ -32,7 +32,7 @@ class FlaxBackend:
         self, architecture: str | type, config: VisualBertConfig, dtype: str = "float32"
     ) -> Any:
         cls = self.models[architecture] if isinstance(architecture, str) else architecture
-        with _precision(dtype):
+        with precision(dtype):
             model = cls(config, seed=None, param_dtype=jnp.dtype(dtype))
         model.eval()
         return model
@@ -52,40 +52,27 @@ class FlaxBackend:
 
     def push(self, variable: nnx.Param, array: np.ndarray) -> None:
         dtype = variable.get_value().dtype
-        with _precision(dtype):
+        with precision(dtype):
             made = jax.device_put(np.asarray(array, dtype), may_alias=True)
             variable.set_value(made)
 
     def call(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        with _precision(model.dtype):
+        with precision(model.dtype):
             output = model(**inputs)
         return {name: np.asarray(value) for name, value in flatten_outputs(output)}
 
-    def compiled(
+    def predictor(
         self, model: Any, **options: Any
     ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
-        run = nnx.jit(lambda model, inputs: dict(flatten_outputs(model(**inputs, **options))))
-
-        def call(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-            with _precision(model.dtype):
-                found = run(model, {name: jnp.asarray(x) for name, x in inputs.items()})
-            return {name: np.asarray(value) for name, value in found.items()}
-
-        return call
+        return Predictor(model, **options)
 
     def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        with _precision(model.dtype):
+        with precision(model.dtype):
             found = nnx.grad(lambda m: m(**inputs).loss)(model)
         return {
             ".".join(map(str, path)): np.asarray(value.get_value())
             for path, value in nnx.to_flat_state(found)
         }
-
-
-def _precision(dtype: Any) -> contextlib.AbstractContextManager:
-    """64-bit arithmetic for a float64 model, whatever the process is set to."""
-    wide = jnp.dtype(dtype) == np.float64
-    return jax.enable_x64(True) if wide else contextlib.nullcontext()
 
 
 backend = FlaxBackend()

@@ -5,11 +5,12 @@ methods in the same order; `tools/check_parallel.py` holds the list of permitted
 Architecture: arXiv 1908.03557 section 3, and `modeling.py` of uclanlp/visualbert.
 
 B batch  C choices  T text  V regions  S=T+V  N heads  D head size  H hidden  F visual features
-A aligned positions  E phrases  L labels  W words
+A aligned positions  E phrases or other chosen positions  L labels  W words  I images
+R rows of real tokens, K long (`visualbert.packing`)
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,24 @@ from jax import Array
 from jax.nn import dot_product_attention, gelu, relu, silu
 
 from visualbert.config import VisualBertConfig, checked
+from visualbert.errors import UsageError
 from visualbert.inputs.contract import (
     check_answer_position,
     check_inputs,
+    check_packing,
     flatten_choices,
     is_floating,
     require,
 )
 from visualbert.outputs import ModelOutput, model_output
+from visualbert.packing import (
+    LEAST_SAVED,
+    STEP,
+    Packing,
+    labelled_positions,
+    plan_packing,
+    saved,
+)
 from visualbert.pretrained import PreTrained
 
 ACTIVATIONS = {
@@ -99,7 +110,12 @@ class Embeddings(nnx.Module):
         visual_embeds=None,
         visual_token_type_ids=None,
         image_text_alignment=None,
+        region_index=None,
+        is_text=None,
     ):
+        """Text and regions behind each other, or mixed, where `is_text` (R, K) says which is where;
+        regions at `region_index`, flat in (I, V), where several texts share them.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)  # B T H
         text_length = inputs_embeds.shape[1]
@@ -113,23 +129,28 @@ class Embeddings(nnx.Module):
             + self.token_type_embeddings(token_type_ids)
         )  # B T H
         if visual_embeds is not None:
-            regions = self.embed_regions(visual_embeds, visual_token_type_ids, image_text_alignment)
-            embeddings = jnp.concatenate([embeddings, regions], axis=1)  # B S H
+            projected = self.visual_projection(visual_embeds)
+            if region_index is not None:
+                projected = take(projected, region_index)  # B V H
+            regions = self.embed_regions(projected, visual_token_type_ids, image_text_alignment)
+            if is_text is None:
+                embeddings = jnp.concatenate([embeddings, regions], axis=1)  # B S H
+            else:
+                embeddings = jnp.where(is_text[..., None], embeddings, regions)  # R K H
         return self.dropout(self.LayerNorm(embeddings))
 
-    def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
+    def embed_regions(self, projected, visual_token_type_ids, image_text_alignment):
         """Projection + segment + position; every region has position 0 of the visual table."""
-        first = jnp.zeros_like(visual_embeds[:, :, 0], dtype=jnp.int32)  # B V
+        first = jnp.zeros_like(projected[:, :, 0], dtype=jnp.int32)  # B V
         if visual_token_type_ids is None:
             visual_token_type_ids = first + 1
         embeddings = (
-            self.visual_projection(visual_embeds)
+            projected
             + self.visual_token_type_embeddings(visual_token_type_ids)
             + self.visual_position_embeddings(first)
         )  # B V H
         if image_text_alignment is not None:
-            aligned = image_text_alignment[:, : visual_embeds.shape[1]]  # B V A
-            embeddings = embeddings + self.aligned_positions(aligned)
+            embeddings = embeddings + self.aligned_positions(image_text_alignment)
         return embeddings
 
     def aligned_positions(self, image_text_alignment):
@@ -145,35 +166,47 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.num_heads = config.num_attention_heads
-        self.fused = config.attn_implementation == "sdpa"
+        self.fused = config.attn_implementation != "eager"
         self.query = Linear(config.hidden_size, config.hidden_size, **kw)
         self.key = Linear(config.hidden_size, config.hidden_size, **kw)
         self.value = Linear(config.hidden_size, config.hidden_size, **kw)
+        self.joint: Any = None  # the three products in one, in a predictor
         self.dropout = Dropout(config.attention_probs_dropout_prob, **kw)
 
-    def __call__(self, hidden_states, visible=None, output_attentions=False):
-        query = self.split_heads(self.query(hidden_states))
-        key = self.split_heads(self.key(hidden_states))
-        value = self.split_heads(self.value(hidden_states))
+    def __call__(self, hidden_states, visible=None, output_attentions=False, chosen=None):
+        query, key, value = map(self.split_heads, self.project(hidden_states, chosen))
+        if chosen is not None:
+            visible = chosen.visible
         # The fused form has no dropout, a float32 softmax, and no float16 on CPU and TPU under jit.
         dropping = self.dropout.rate > 0 and not self.dropout.deterministic
         plain = output_attentions or dropping or query.dtype in (jnp.float64, jnp.float16)
-        if self.fused and not plain:
-            context, probs = self.fused_attention(query, key, value, visible), None
-        else:
-            context, probs = self.plain_attention(query, key, value, visible)
-        return context.reshape(hidden_states.shape), probs  # B S H, B N S S
+        attend = self.plain_attention if plain or not self.fused else self.fused_attention
+        context, probs = attend(query, key, value, visible)
+        return context.reshape(*query.shape[:2], -1), probs  # B S H, B N S S
+
+    def project(self, hidden_states, chosen):
+        """Query, key and value; with `chosen`, the query at those positions alone."""
+        if chosen is None:
+            if self.joint is not None:
+                return jnp.split(self.joint(hidden_states), 3, axis=-1)
+            return self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        query = self.query(take(hidden_states, chosen.positions))
+        key, value = self.key(hidden_states), self.value(hidden_states)
+        if chosen.places is not None:
+            key, value = take(key, chosen.places), take(value, chosen.places)
+        return query, key, value
 
     def split_heads(self, x):
         return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
 
     def fused_attention(self, query, key, value, visible):
-        return dot_product_attention(
+        context = dot_product_attention(
             query,
             key,
             value,
             bias=None if visible is None else mask_bias(visible, query.dtype),
-        )  # B S N D
+        )
+        return context, None  # B S N D
 
     def plain_attention(self, query, key, value, visible):
         scores = jnp.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
@@ -202,8 +235,12 @@ class Attention(nnx.Module):
         self.self = SelfAttention(config, **kw)
         self.output = SelfOutput(config, **kw)
 
-    def __call__(self, hidden_states, visible=None, output_attentions=False):
-        context, probs = self.self(hidden_states, visible, output_attentions=output_attentions)
+    def __call__(self, hidden_states, visible=None, output_attentions=False, chosen=None):
+        context, probs = self.self(
+            hidden_states, visible, output_attentions=output_attentions, chosen=chosen
+        )
+        if chosen is not None:
+            hidden_states = take(hidden_states, chosen.positions)
         return self.output(context, hidden_states), probs
 
 
@@ -238,9 +275,9 @@ class Layer(nnx.Module):
         self.intermediate = Intermediate(config, **kw)
         self.output = Output(config, **kw)
 
-    def __call__(self, hidden_states, visible=None, output_attentions=False):
+    def __call__(self, hidden_states, visible=None, output_attentions=False, chosen=None):
         hidden_states, probs = self.attention(
-            hidden_states, visible, output_attentions=output_attentions
+            hidden_states, visible, output_attentions=output_attentions, chosen=chosen
         )
         return self.output(self.intermediate(hidden_states), hidden_states), probs
 
@@ -252,23 +289,27 @@ class Encoder(nnx.Module):
         self.layer = nnx.List([Layer(config, **kw) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
 
-    def __call__(self, hidden_states, visible=None, output_attentions=False):
+    def __call__(self, hidden_states, visible=None, output_attentions=False, chosen=None):
+        """Every layer's input and output, and attentions; the last output is only `chosen`."""
         all_hidden_states, attentions = [hidden_states], []
-        for layer in self.layer:
-            hidden_states, probs = self.run(layer, hidden_states, visible, output_attentions)
+        for number, layer in enumerate(self.layer, 1):
+            only = chosen if number == len(self.layer) else None
+            hidden_states, probs = self.run(layer, hidden_states, visible, output_attentions, only)
             all_hidden_states.append(hidden_states)
             attentions.append(probs)
         return tuple(all_hidden_states), tuple(attentions)
 
-    def run(self, layer, hidden_states, visible, output_attentions):
+    def run(self, layer, hidden_states, visible, output_attentions, chosen):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if self.gradient_checkpointing:
             again = nnx.remat(
-                lambda layer, x, visible: layer(x, visible, output_attentions=output_attentions),
+                lambda layer, x, visible, chosen: layer(
+                    x, visible, output_attentions=output_attentions, chosen=chosen
+                ),
                 graph_updates=False,  # else a merged model could not be differentiated
             )
-            return again(layer, hidden_states, visible)
-        return layer(hidden_states, visible, output_attentions=output_attentions)
+            return again(layer, hidden_states, visible, chosen)
+        return layer(hidden_states, visible, output_attentions=output_attentions, chosen=chosen)
 
 
 class Pooler(nnx.Module):
@@ -277,8 +318,7 @@ class Pooler(nnx.Module):
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.dense = Linear(config.hidden_size, config.hidden_size, **kw)
 
-    def __call__(self, hidden_states, text_mask=None):
-        first = first_token(hidden_states, text_mask)
+    def __call__(self, first):
         return jnp.tanh(self.dense(first))  # B H
 
 
@@ -414,9 +454,12 @@ class FlaxVisualBertModel(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        positions: Any = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
 
@@ -435,14 +478,23 @@ class FlaxVisualBertModel(PreTrainedModel):
                 the second).
             image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
                 (VCR); longer than V is cut.
+            image_index: (B,) row of `visual_embeds`, `visual_attention_mask` and
+                `visual_token_type_ids` that each text is about, which are then (I, V, …): many
+                questions about few images, whose features are projected once.
+            packing: the rows to compute on, from `visualbert.plan_packing`, which stands for masks
+                that are left out; where it is left out, planned from the masks as `config.packing`
+                says. Attentions cannot be had from it.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
             return_dict: False gives the plain tuple, `to_tuple()`, of what is returned.
+            positions: (B, E) the only positions at which the last hidden state is asked for, or a
+                function that finds them from the text's mask and the text.
 
         Returns:
-            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
-            and `attentions`. With `bypass_transformer` the encoder's entries cover the text and the
-            last entry, the additional layer's, covers text and regions.
+            `last_hidden_state` (B, S, H), or (B, E, H) at `positions` and then no `pooler_output`
+            (B, H), and on request `hidden_states` and `attentions`. Where the batch is packed,
+            hidden states at padding are zero. With `bypass_transformer` the encoder's entries cover
+            the text and the last entry, the additional layer's, covers text and regions.
 
         Raises:
             InputError: shapes or values that do not fit.
@@ -461,35 +513,143 @@ class FlaxVisualBertModel(PreTrainedModel):
                 "visual_attention_mask": visual_attention_mask,
                 "visual_token_type_ids": visual_token_type_ids,
                 "image_text_alignment": image_text_alignment,
+                "image_index": image_index,
+                "positions": None if callable(positions) else positions,
             },
         )
-        text_mask = inputs.pop("attention_mask")
-        visual_mask = inputs.pop("visual_attention_mask")
-        embeddings = self.embeddings(**inputs)  # B S H
-        text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
-        text_length = text.shape[1]
-        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
-
-        if self.config.bypass_transformer and visual_embeds is not None:
-            text_keys = None if visible is None else visible[..., :text_length]
-            text_embeddings = embeddings[:, :text_length]
-            hidden_states, attentions = self.encoder(
-                text_embeddings, text_keys, output_attentions=output_attentions
+        text_mask, visual_mask = inputs.pop("attention_mask"), inputs.pop("visual_attention_mask")
+        if image_text_alignment is not None:
+            aligned = inputs["image_text_alignment"]
+            inputs["image_text_alignment"] = aligned[:, : inputs["visual_embeds"].shape[1]]  # B V A
+        chosen = inputs.pop("positions")
+        packing, text_mask, visual_mask = self.plan(
+            packing, text_mask, visual_mask, inputs, output_attentions
+        )
+        positions = positions(text_mask, text_of(inputs)) if callable(positions) else chosen
+        early = None if output_attentions or output_hidden_states else positions
+        if packing is None:
+            hidden_states, attentions = self.padded(
+                inputs, text_mask, visual_mask, early, output_attentions
             )
-            joint = jnp.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, visible, output_attentions=output_attentions)
-            hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
-            hidden_states, attentions = self.encoder(
-                embeddings, visible, output_attentions=output_attentions
-            )
+            hidden_states, attentions = self.packed(inputs, packing, early, output_hidden_states)
+        last = hidden_states[-1]
+        if positions is not None and early is None:
+            last = gather(last, positions)
         return model_output(
-            last_hidden_state=hidden_states[-1],
-            pooler_output=self.pooler(hidden_states[-1], text_mask),
+            last_hidden_state=last,
+            pooler_output=self.pooler(first_token(last, text_mask)) if positions is None else None,
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             return_dict=return_dict,
         )
+
+    def plan(self, packing, text_mask, visual_mask, inputs, output_attentions):
+        """The packing that is passed or, where `config.packing` allows one, pays and can be
+        planned, else None; and the masks, None where nothing is masked.
+        """
+        self.flash()
+        words, features = text_of(inputs), inputs["visual_embeds"]
+        late = self.config.bypass_transformer and features is not None
+        if packing is not None:
+            sizes = words.shape[0], words.shape[1], 0 if features is None else features.shape[1]
+            check_packing(packing, late, output_attentions, sizes)
+            packing = as_packing(packing)
+            if text_mask is None:
+                text_mask = as_index(packing.places[:, : words.shape[1]] >= 0)
+            return packing, text_mask, visual_mask
+        resting = self.embeddings.dropout.deterministic
+        allowed = {"always": True, "never": False}.get(self.config.packing, resting)
+        text, regions, index = map(values, (text_mask, visual_mask, inputs["image_index"]))
+        known = text is not None or text_mask is None, regions is not None or visual_mask is None
+        if not all(known) or (text_mask is None and visual_mask is None):
+            return None, text_mask, visual_mask
+        if all(mask is None or mask.all() for mask in (text, regions)):
+            return None, None, None
+        if not allowed or output_attentions:
+            return None, text_mask, visual_mask
+        text = np.ones(tuple(words.shape[:2]), bool) if text is None else text
+        if regions is None and features is not None:
+            regions = np.ones(tuple(features.shape[:2]), bool)
+        if not text.any(1).all():
+            return None, text_mask, visual_mask  # an example without text
+        plan = plan_packing(
+            text, regions, image_index=index, late_fusion=late, step=self.row_step()
+        )
+        if saved(plan) < LEAST_SAVED:
+            return None, text_mask, visual_mask
+        return as_packing(plan), text_mask, visual_mask
+
+    def row_step(self):
+        """Of the lengths of rows, as `plan_packing` takes it."""
+        return STEP
+
+    def flash(self):
+        """Whether variable-length flash attention serves.
+
+        Raises:
+            UsageError: it is asked for by name and cannot.
+        """
+        if self.config.attn_implementation == "flash":
+            raise UsageError(
+                "attn_implementation='flash' is PyTorch's, on a GPU; pass attn_implementation="
+                "'sdpa', which takes what Flax has"
+            )
+        return False
+
+    def padded(self, inputs, text_mask, visual_mask, positions, output_attentions):
+        """Hidden states (B, S, H), the last one only at `positions` if there are some, and
+        attentions.
+        """
+        text_length = text_of(inputs).shape[1]
+        inputs, visual_mask = spread(inputs, visual_mask)
+        embeddings = self.embeddings(**inputs)  # B S H
+        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
+        chosen = choose_positions(positions, embeddings.shape[1], visible)
+        if not self.config.bypass_transformer or inputs["visual_embeds"] is None:
+            return self.encoder(
+                embeddings, visible, output_attentions=output_attentions, chosen=chosen
+            )
+        text_keys = None if visible is None else visible[..., :text_length]
+        hidden_states, attentions = self.encoder(
+            embeddings[:, :text_length], text_keys, output_attentions=output_attentions
+        )
+        joint = jnp.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
+        last, probs = self.additional_layer(
+            joint, visible, output_attentions=output_attentions, chosen=chosen
+        )
+        return (*hidden_states, last), (*attentions, probs)
+
+    def packed(self, inputs, packing, positions, output_hidden_states):
+        """What `padded` gives, zeros at padding, computed on rows of real tokens."""
+        rows, is_text, text_places = packed_inputs(inputs, packing)
+        embeddings = self.embeddings(**rows, is_text=is_text)  # R K H
+        visible = self.kept_apart(packing)
+        chosen = choose_places(positions, packing.places)
+        if not self.config.bypass_transformer or is_text is None:
+            hidden_states, _ = self.encoder(embeddings, visible, chosen=chosen)
+            places = [packing.places] * len(hidden_states)
+        else:
+            text_rows, _, _ = packed_inputs(text_only(inputs), packing.text)
+            hidden_states, _ = self.encoder(
+                self.embeddings(**text_rows), self.kept_apart(packing.text)
+            )
+            places = [packing.text.places] * len(hidden_states) + [packing.places]
+            text = take(hidden_states[-1], take(packing.text.places, text_places).clip(0))
+            joint = jnp.where(is_text[..., None], text, embeddings)  # R K H
+            last, _ = self.additional_layer(joint, visible, chosen=chosen)
+            hidden_states = (*hidden_states, last)
+        if positions is not None:
+            there = jnp.take_along_axis(packing.places, positions, axis=1) >= 0  # B E
+            return (jnp.where(there[..., None], hidden_states[-1], 0),), ()
+        wanted = len(hidden_states) if output_hidden_states else 1
+        pairs = zip(hidden_states[-wanted:], places[-wanted:], strict=True)
+        return tuple(unpack(x, where) for x, where in pairs), ()
+
+    def kept_apart(self, packing):
+        """What keeps the examples in the rows apart: a mask (R, 1, K, K)."""
+        examples = packing.source // packing.places.shape[1]  # R K
+        return (examples[:, :, None] == examples[:, None, :])[:, None]
 
 
 class FlaxVisualBertForPreTraining(PreTrainedModel):
@@ -515,6 +675,8 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -531,8 +693,22 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
 
         Returns:
             `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of
-            the losses whose labels were given.
+            the losses whose labels were given. With `config.sparse_prediction` and labels, words
+            are predicted where there is a label alone, for the loss, and not returned.
         """
+        match, labelled = sentence_image_labels, None
+
+        def first_and_labelled(text_mask, text):
+            nonlocal labels, match, labelled
+            regions = 0 if visual_embeds is None else visual_embeds.shape[1]
+            sizes = {"B": text.shape[0], "T": text.shape[1], "V": regions}
+            given = {"labels": labels, "sentence_image_labels": match}
+            labels, match = self.edge(self.architecture, given, **sizes).values()
+            if labels is None or not self.config.sparse_prediction:
+                return None
+            labelled = self.label_positions(labels, packing)  # B E
+            return jnp.concatenate([first_position(text_mask, text), labelled.clip(0)], axis=1)
+
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -543,16 +719,22 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_and_labelled,
         )
         sequence = outputs.last_hidden_state
-        labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
-        text: Any = input_ids if inputs_embeds is None else inputs_embeds
-        sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
-        labels, match = self.edge(self.architecture, labels_in, **sizes).values()
+        if labelled is None:
+            pooled = outputs.pooler_output
+        else:
+            pooled, sequence = self.visual_bert.pooler(sequence[:, 0]), sequence[:, 1:]
+            known: Any = labels
+            picked = jnp.take_along_axis(known, labelled.clip(0), axis=1)
+            labels = jnp.where(labelled >= 0, picked, -1)  # B E
         word_table = self.visual_bert.embeddings.word_embeddings.embedding
-        prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
+        prediction_logits, match_logits = self.cls(sequence, pooled, word_table)
         losses = []
         if labels is not None:
             losses.append(cross_entropy(prediction_logits[:, : labels.shape[1]], labels))
@@ -560,12 +742,23 @@ class FlaxVisualBertForPreTraining(PreTrainedModel):
             losses.append(cross_entropy(match_logits, match.reshape(-1)))
         return model_output(
             loss=sum(losses) if losses else None,
-            prediction_logits=prediction_logits,
+            prediction_logits=prediction_logits if labelled is None else None,
             seq_relationship_logits=match_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             return_dict=return_dict,
         )
+
+    def label_positions(self, labels, packing):
+        """Positions (B, E) with a label, -1 behind them: as planned, or as the labels show, or all
+        that labels cover.
+        """
+        if packing is not None and packing.labelled is not None:
+            return as_index(packing.labelled)
+        seen = values(labels)
+        if seen is not None:
+            return as_index(labelled_positions(seen))
+        return jnp.broadcast_to(jnp.arange(labels.shape[1]), labels.shape)
 
 
 class FlaxVisualBertForMultipleChoice(PreTrainedModel):
@@ -592,6 +785,8 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -612,6 +807,8 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
             (batch, choices),
             lambda x: jnp.repeat(x[:, None], choices, axis=1),
             lambda x: x.reshape(-1, *x.shape[2:]),
+            jnp.arange(batch),
+            image_index,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -624,11 +821,14 @@ class FlaxVisualBertForMultipleChoice(PreTrainedModel):
         )
         outputs = self.visual_bert(
             **inputs,
+            packing=packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_position,
         )
+        pooled = self.visual_bert.pooler(outputs.last_hidden_state[:, 0])  # B·C H
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch, C=choices).values()
-        logits = self.cls(self.dropout(outputs.pooler_output)).reshape(-1, choices)
+        logits = self.cls(self.dropout(pooled)).reshape(-1, choices)
         return model_output(
             loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
             logits=logits,
@@ -662,6 +862,8 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -687,14 +889,14 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=answer_position,
         )
-        sequence = outputs.last_hidden_state
-        (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
-        text: Any = input_ids if inputs_embeds is None else inputs_embeds
-        position = self.answer_position(attention_mask, sequence, text)
-        answer = gather(sequence, position)[:, 0]
+        answer = outputs.last_hidden_state[:, 0]
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=answer.shape[0]).values()
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None if labels is None else divergence(logits, labels.reshape(logits.shape)),
@@ -703,18 +905,6 @@ class FlaxVisualBertForQuestionAnswering(PreTrainedModel):
             attentions=outputs.attentions,
             return_dict=return_dict,
         )
-
-    def answer_position(self, attention_mask, sequence, text):
-        """Index of the second-last real token, (B, 1), found from the mask, so padding may be
-        left.
-        """
-        if attention_mask is None:
-            check_answer_position(text.shape[1], None)
-            return jnp.zeros_like(sequence[:, :1, 0], dtype=jnp.int32) + text.shape[1] - 2  # B 1
-        mask = as_tensor(attention_mask, False, self.dtype)  # B T
-        check_answer_position(text.shape[1], look(mask))
-        counts = mask.cumsum(1)
-        return (counts == counts[:, -1:] - 1).argmax(1)[:, None]
 
 
 class FlaxVisualBertForVisualReasoning(PreTrainedModel):
@@ -741,6 +931,8 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -765,12 +957,15 @@ class FlaxVisualBertForVisualReasoning(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_position,
         )
-        batch = outputs.pooler_output.shape[0]
-        (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
-        logits = self.cls(self.dropout(outputs.pooler_output))
+        pooled = self.visual_bert.pooler(outputs.last_hidden_state[:, 0])  # B H
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=pooled.shape[0]).values()
+        logits = self.cls(self.dropout(pooled))
         return model_output(
             loss=None if labels is None else cross_entropy(logits, labels.reshape(-1)),
             logits=logits,
@@ -808,6 +1003,8 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -826,8 +1023,27 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             the Kullback-Leibler divergence summed over phrases and regions, averaged over the
             batch.
         """
-        require(self.architecture, region_to_phrase_position=region_to_phrase_position)
+        phrases_at: Any = require(
+            self.architecture, region_to_phrase_position=region_to_phrase_position
+        )
         features: Any = require(self.architecture, visual_embeds=visual_embeds)
+
+        def phrases_and_regions(text_mask, text):
+            nonlocal labels
+            positions, labels = self.edge(
+                self.architecture,
+                {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
+                B=text.shape[0],
+                T=text.shape[1],
+                V=features.shape[1],
+            ).values()
+            count = features.shape[1]
+            phrases = jnp.where(positions >= 0, positions, 0)  # B E
+            regions = jnp.arange(count) + text.shape[1]
+            return jnp.concatenate(
+                [phrases, jnp.broadcast_to(regions, (text.shape[0], count))], axis=1
+            )
+
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -838,22 +1054,23 @@ class FlaxVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=phrases_and_regions,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, sequence.shape[1] - features.shape[1] :]  # B V H
-        positions, labels = self.edge(
-            self.architecture,
-            {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
-            B=sequence.shape[0],
-            V=regions.shape[1],
-            S=sequence.shape[1],
-        ).values()
-        phrases = gather(sequence, jnp.where(positions >= 0, positions, 0))  # B E H
+        split = phrases_at.shape[1]
+        phrases, regions = sequence[:, :split], sequence[:, split:]  # B E H, B V H
         visible = visual_attention_mask
-        if visible is not None:
+        if visible is None and packing is not None:
+            visible = as_packing(packing).places
+            visible = visible[:, visible.shape[1] - regions.shape[1] :] >= 0
+        elif visible is not None:
             visible = as_tensor(visible, False, self.dtype) != 0
+            if image_index is not None:
+                visible = visible[as_index(image_index)]
         logits = self.attention(phrases, regions, visible)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
@@ -889,11 +1106,120 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
     return jnp.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
 
 
+class Chosen(NamedTuple):
+    """The only positions at which a layer's output is asked for."""
+
+    positions: Array  # (B, E) flat index into the layer's input
+    places: Array | None  # (B, S) where its keys lie, if they are not (B, S) already
+    visible: Array | None  # (B, 1, 1, S) which keys are there
+
+
+def choose_positions(positions, length, visible):
+    """`Chosen` for (B, E) positions of a padded batch."""
+    if positions is None:
+        return None
+    examples = jnp.arange(positions.shape[0])[:, None]
+    return Chosen(examples * length + positions, None, visible)
+
+
+def choose_places(positions, places):
+    """`Chosen` for (B, E) positions of the batch that was packed."""
+    if positions is None:
+        return None
+    asked = jnp.take_along_axis(places, positions, axis=1).clip(0)
+    return Chosen(asked, places.clip(0), (places >= 0)[:, None, None])
+
+
+def packed_inputs(inputs, packing):
+    """Inputs in rows, (R, K, …), for a packing of text and regions or of text alone; which
+    positions are text, None for text alone; and each position's flat place in the text (B, T).
+    """
+    text, features = text_of(inputs), inputs["visual_embeds"]
+    text_length, length = text.shape[1], packing.places.shape[1]
+    source = packing.source.clip(0)  # R K
+    example, position = source // length, source % length
+    is_text = position < text_length
+    at_text = example * text_length + jnp.where(is_text, position, 0)
+    rows = {k: taken(inputs[k], at_text) for k in ("input_ids", "token_type_ids", "inputs_embeds")}
+    given = inputs["position_ids"]
+    rows["position_ids"] = (
+        jnp.where(is_text, position, 0)
+        if given is None
+        else take(jnp.broadcast_to(given, text.shape[:2]), at_text)
+    )
+    if features is None:
+        return rows, None, at_text
+    index, region = inputs["image_index"], jnp.where(is_text, 0, position - text_length)
+    at_region = (example if index is None else index[example]) * features.shape[1] + region
+    rows["visual_embeds"] = features if index is not None else take(features, at_region)
+    rows["region_index"] = None if index is None else at_region
+    rows["visual_token_type_ids"] = taken(inputs["visual_token_type_ids"], at_region)
+    at_pair = example * features.shape[1] + region
+    rows["image_text_alignment"] = taken(inputs["image_text_alignment"], at_pair)
+    return rows, is_text, at_text
+
+
+def spread(inputs, visual_mask):
+    """Inputs of a padded batch, and its mask of regions, with one row for each text."""
+    inputs = {**inputs}
+    index = inputs.pop("image_index")
+    if index is None:
+        return inputs, visual_mask
+    count = inputs["visual_embeds"].shape[1]
+    at_region = index[:, None] * count + jnp.arange(count)  # B V
+    inputs["region_index"] = at_region
+    inputs["visual_token_type_ids"] = taken(inputs["visual_token_type_ids"], at_region)
+    return inputs, taken(visual_mask, at_region)
+
+
+def text_of(inputs):
+    """(B, T) ids or (B, T, H) embeddings, whichever was passed."""
+    return inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+
+
+def text_only(inputs):
+    """The inputs without regions."""
+    regions = ("visual_embeds", "visual_token_type_ids", "image_text_alignment", "image_index")
+    return {**inputs, **dict.fromkeys(regions)}
+
+
+def take(x, index):
+    """(…, H): x of (B, S, H), or its entries of (B, S), at a flat index (…) into (B, S)."""
+    return jnp.take(x.reshape(-1, *x.shape[2:]), index, axis=0, mode="clip")
+
+
+def taken(x, index):
+    """`take`, or None of None."""
+    return None if x is None else take(x, index)
+
+
+def unpack(x, places):
+    """(B, S, H) of rows (R, K, H): zeros where there is no place."""
+    return jnp.where((places >= 0)[..., None], take(x, places.clip(0)), 0)
+
+
+def first_position(text_mask, text):
+    """(B, 1): the first position that is no padding."""
+    if text_mask is None:
+        return jnp.zeros((text.shape[0], 1), jnp.int32)
+    return (text_mask != 0).argmax(1)[:, None]
+
+
+def answer_position(text_mask, text):
+    """(B, 1): the second-last position that is no padding, which may stand on either side."""
+    if text_mask is None:
+        check_answer_position(text.shape[1], None)
+        return first_position(None, text) + text.shape[1] - 2
+    check_answer_position(text.shape[1], look(text_mask))
+    counts = text_mask.cumsum(1)
+    return (counts == counts[:, -1:] - 1).argmax(1)[:, None]
+
+
 def first_token(hidden_states, text_mask):
     """(B, H): the first position that is no padding."""
     if text_mask is None:
         return hidden_states[:, 0]
-    return gather(hidden_states, (text_mask != 0).argmax(1)[:, None])[:, 0]
+    return gather(hidden_states, first_position(text_mask, hidden_states))[:, 0]
 
 
 def gather(hidden_states, positions):
@@ -939,6 +1265,25 @@ def look(x):
     if isinstance(x, jax.core.Tracer) or any(d.platform != "cpu" for d in x.devices()):
         return None
     return np.asarray(x)
+
+
+def values(x):
+    """The values as numpy, waiting for a device if need be; None where they cannot be had."""
+    return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def as_index(x):
+    """A whole-number array as an array of indices."""
+    return jnp.asarray(x, jnp.int32)
+
+
+def as_packing(packing):
+    """A packing's arrays as arrays of indices."""
+    if packing is None:
+        return None
+    *arrays, text = packing
+    arrays = [None if x is None else as_index(x) for x in arrays]
+    return Packing(*arrays, as_packing(text))
 
 
 def unwritten(key, shape, dtype, out_sharding=None):

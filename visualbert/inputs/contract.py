@@ -11,9 +11,12 @@ import numpy as np
 
 from visualbert.config import VisualBertConfig
 from visualbert.errors import InputError
+from visualbert.keywords import did_you_mean
+from visualbert.packing import Packing
 
 # Axes: B batch, C choices, T text tokens, V regions, S = T + V, H hidden, F visual features,
-# A aligned positions, E phrases, L labels. A "+" allows a longer axis, which is cut.
+# A aligned positions, E phrases, L labels, I images (of which each text has one, B, without
+# image_index). A "+" allows a longer axis, which is cut.
 AXES = {
     "B": "batch",
     "C": "choices",
@@ -25,6 +28,7 @@ AXES = {
     "A": "alignments",
     "E": "phrases",
     "L": "num_labels",
+    "I": "images",
 }
 IGNORED_LABELS = (-100, -1)
 
@@ -47,10 +51,12 @@ BODY_INPUTS = {
     "attention_mask": Input("B T", 0, 2),
     "token_type_ids": Input("B T", 0, "type_vocab_size"),
     "position_ids": Input("B T|1 T", 0, "max_position_embeddings"),
-    "visual_embeds": Input("B V F"),
-    "visual_attention_mask": Input("B V", 0, 2),
-    "visual_token_type_ids": Input("B V", 0, "type_vocab_size"),
+    "visual_embeds": Input("I V F"),
+    "visual_attention_mask": Input("I V", 0, 2),
+    "visual_token_type_ids": Input("I V", 0, "type_vocab_size"),
     "image_text_alignment": Input("B V+ A", 0, "max_position_embeddings", (-1,)),
+    "image_index": Input("B", 0, "I"),
+    "positions": Input("B E", 0, "S"),
 }
 INPUTS = {
     "VisualBertModel": BODY_INPUTS,
@@ -97,11 +103,22 @@ def check_inputs(
     check_arrays(where, inputs)
     if where == "VisualBertModel":
         _check_presence(config, inputs)
+    _settle_joint(sizes)
     for name, expected in table.items():
         array = inputs.get(name)
         if array is not None:
+            if inputs.get("image_index") is None:
+                expected = expected._replace(axes=expected.axes.replace("I", "B"))
             _check_shape(name, expected, tuple(array.shape), sizes)
+            _settle_joint(sizes)
             _check_values(name, expected, look(array), sizes, config)
+
+
+def _settle_joint(sizes: dict[str, tuple[int | None, str]]) -> None:
+    """S, once T and V are known."""
+    text, regions = (sizes.get(axis, (None, ""))[0] for axis in "TV")
+    if text is not None and regions is not None:
+        sizes["S"] = (text + regions, "")
 
 
 def check_arrays(where: str, inputs: Mapping[str, Any]) -> None:
@@ -112,9 +129,96 @@ def check_arrays(where: str, inputs: Mapping[str, Any]) -> None:
     """
     for name, expected in (BODY_INPUTS | INPUTS[where]).items():
         array = inputs.get(name)
-        if array is not None:
+        if array is not None and not (name == "positions" and callable(array)):
             _check_array(name, array)
             _check_kind(name, expected, array)
+
+
+def check_batch(config: VisualBertConfig, where: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch in numpy, refused where the model would refuse it, for a compiled function, which
+    sees no values.
+
+    Returns:
+        What is there; whole numbers as int32, or each of their types would be compiled for.
+
+    Raises:
+        InputError: an unknown name, or the first input that does not fit.
+    """
+    table = BODY_INPUTS | INPUTS[where]
+    given = {name: x for name, x in inputs.items() if x is not None}
+    for name in given.keys() - table.keys() - {"packing"}:
+        raise InputError(f"{where} takes no input {name!r}{did_you_mean(name, table)}")
+    check_arrays(where, given)
+    arrays = {name: np.asarray(x) for name, x in given.items() if name != "packing"}
+    body = {name: arrays.get(name) for name in BODY_INPUTS}
+    ids, embeds = body["input_ids"], body["inputs_embeds"]
+    sizes = {}
+    if where == "VisualBertForMultipleChoice":
+        sizes["B"], sizes["C"] = batch, choices = require(where, ids, embeds).shape[:2]
+        body = flatten_choices(
+            (batch, choices),
+            lambda x: np.repeat(x[:, None], choices, 1),
+            lambda x: x.reshape(-1, *x.shape[2:]),
+            np.arange(batch),
+            **body,
+        )
+    check_inputs(config, "VisualBertModel", lambda x: x, body, {})
+    text, regions = ids if embeds is None else embeds, body["visual_embeds"]
+    if where == "VisualBertForQuestionAnswering":
+        check_answer_position(text.shape[1], body["attention_mask"])
+    count = 0 if regions is None else regions.shape[1]
+    if "packing" in given:
+        late = config.bypass_transformer and regions is not None
+        check_packing(given["packing"], late, False, (*text.shape[:2], count))
+    if where != "VisualBertModel":
+        sizes = {"B": text.shape[0], "T": text.shape[1], "V": count, **sizes}
+        check_inputs(config, where, lambda x: x, {k: arrays.get(k) for k in INPUTS[where]}, sizes)
+    whole = {k for k, x in arrays.items() if x.dtype.kind in "iub" or k.endswith("_mask")}
+    return {**given, **arrays, **{k: arrays[k].astype(np.int32) for k in whole}}
+
+
+def check_packing(
+    packing: Any,
+    late_fusion: bool,
+    attentions: bool,
+    sizes: tuple[int | None, int | None, int | None],
+) -> None:
+    """Refuse a packing that is for another batch or another kind of model, by its shapes.
+
+    Args:
+        packing: what was passed.
+        late_fusion: whether the text alone runs through the encoder.
+        attentions: whether they are asked for.
+        sizes: B, T and V, which is 0 for text alone; None where one is not known.
+
+    Raises:
+        InputError: it is no `Packing` or does not fit, or attentions are asked for.
+    """
+    if not isinstance(packing, Packing):
+        raise InputError(
+            f"packing is a {type(packing).__name__}, expected what plan_packing(attention_mask, "
+            "visual_attention_mask) gives"
+        )
+    if attentions:
+        raise InputError(
+            "attentions are asked for, which a packed batch does not have; leave packing out, or "
+            "output_attentions"
+        )
+    if late_fusion and packing.text is None:
+        raise InputError(
+            "packing has no rows of the text alone, which bypass_transformer needs; plan it with "
+            "late_fusion=True"
+        )
+    batch, text, regions = sizes
+    joint = None if text is None or regions is None else text + regions
+    source = "this batch, from whose masks it has to be planned"
+    known = {axis: (size, source) for axis, size in (("B", batch), ("T", text), ("S", joint))}
+    parts = {"places": (packing.places, "B S"), "labelled": (packing.labelled, "B E")}
+    if late_fusion:
+        parts["text.places"] = packing.text.places, "B T"
+    for name, (array, axes) in parts.items():
+        if array is not None:
+            _check_shape(f"packing.{name}", Input(axes), tuple(array.shape), known)
 
 
 def is_floating(where: str, name: str) -> bool:
@@ -148,6 +252,8 @@ def flatten_choices(
     sizes: tuple[int | None, int],
     repeat: Callable[[Any], Any],
     merge: Callable[[Any], Any],
+    each: Any,
+    image_index: Any,
     **inputs: Any,
 ) -> dict[str, Any]:
     """Inputs of a multiple choice as (B·C, …).
@@ -156,16 +262,40 @@ def flatten_choices(
         sizes: B and C.
         repeat: gives a (B, …) array a choice axis.
         merge: makes one axis of the first two.
+        each: (B,) 0 … B-1.
+        image_index: (B,) which row of the regions each example is about; `each` when left out.
         **inputs: arrays of (B, C, …), or None. Those of regions may lack the choice axis.
 
     Raises:
         InputError: a text input without a choice axis, or an axis of another size.
     """
     batch, choices = sizes
-    flat: dict[str, Any] = {}
+    per_image = ("visual_embeds", "visual_attention_mask", "visual_token_type_ids")
+    ranks = {k: len(BODY_INPUTS[k].axes.split()) for k in per_image if inputs[k] is not None}
+    split = [k for k, rank in ranks.items() if len(getattr(inputs[k], "shape", ())) != rank]
+    shared = bool(ranks) and not split
+    if image_index is None:
+        shared = shared and all(
+            x is None or x.shape[0] in (batch, None) or batch is None
+            for x in map(inputs.get, per_image)
+        )
+    if image_index is not None:
+        _check_array("image_index", image_index)
+        known = {"B": (batch, "the text")}
+        _check_shape("image_index", BODY_INPUTS["image_index"], tuple(image_index.shape), known)
+        if split:
+            raise InputError(
+                f"{split[0]} has a choice axis, and image_index says which row of it each example "
+                "is about; leave one of the two out"
+            )
+    elif shared:
+        image_index = each
+    flat: dict[str, Any] = {
+        "image_index": None if image_index is None else merge(repeat(image_index))
+    }
     for name, x in inputs.items():
-        if x is None:
-            flat[name] = None
+        if x is None or (shared and name in per_image):
+            flat[name] = x
             continue
         _check_array(name, x)
         axes = BODY_INPUTS[name].axes.split("|")[0].split()
@@ -212,8 +342,8 @@ def _check_presence(config: VisualBertConfig, inputs: Mapping[str, Any]) -> None
     if inputs.get("visual_embeds") is None:
         orphans = [
             name
-            for name in ("visual_attention_mask", "visual_token_type_ids", "image_text_alignment")
-            if inputs.get(name) is not None
+            for name in BODY_INPUTS
+            if name.startswith(("visual_", "image_")) and inputs.get(name) is not None
         ]
         if orphans:
             raise InputError(

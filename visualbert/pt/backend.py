@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 
 from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
 from visualbert.pt import modeling
+from visualbert.pt.convert import from_numpy, to_numpy
+from visualbert.pt.predictor import Predictor
 from visualbert.schema import ARCHITECTURES, Kind
 
 
@@ -55,10 +56,10 @@ class TorchBackend:
             output = model(**inputs)
         return {name: to_numpy(value) for name, value in flatten_outputs(output)}
 
-    def compiled(
+    def predictor(
         self, model: torch.nn.Module, **options: Any
     ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
-        return lambda inputs: self.call(model, {**inputs, **options})
+        return Predictor(model, **options)
 
     def gradients(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables = self.variables(model)
@@ -68,24 +69,6 @@ class TorchBackend:
             name: to_numpy(variable.new_zeros(variable.shape) if gradient is None else gradient)
             for (name, variable), gradient in zip(variables.items(), found, strict=True)
         }
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's values; bfloat16, which torch cannot hand over, by its bits."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def from_numpy(array: np.ndarray) -> torch.Tensor:
-    """The inverse of `to_numpy`; shares memory with a writable, contiguous array."""
-    array = np.ascontiguousarray(array)
-    if not array.flags.writeable:
-        array = array.copy()
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 backend = TorchBackend()

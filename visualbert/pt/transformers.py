@@ -4,7 +4,7 @@ It is loaded by transformers itself. Inputs are bent to what its forward methods
 cannot run raises `NotComparable` with the reason.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import transformers
 from visualbert.backend import flatten_outputs
 from visualbert.config import VisualBertConfig
 from visualbert.inputs.contract import INPUTS, is_floating
-from visualbert.pt.backend import TorchBackend, to_numpy
+from visualbert.pt.backend import TorchBackend
+from visualbert.pt.convert import to_numpy
 from visualbert.schema import ARCHITECTURES, BODY
 
 
@@ -53,6 +54,11 @@ class TransformersBackend(TorchBackend):
             if labels:
                 found["loss"] = to_numpy(model(**adapted, **labels).loss)
         return found
+
+    def predictor(
+        self, model: Any, **options: Any
+    ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
+        return lambda inputs: self.call(model, {**inputs, **options})
 
     def gradients(self, model: Any, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return super().gradients(model, adapt(type(model).__name__, model.config, inputs))

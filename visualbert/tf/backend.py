@@ -11,6 +11,7 @@ from visualbert.backend import Leaf, flatten_outputs
 from visualbert.config import VisualBertConfig
 from visualbert.schema import ARCHITECTURES, Kind
 from visualbert.tf import modeling
+from visualbert.tf.predictor import Predictor
 
 _ALIGNMENT = 64  # bytes; an operation on anything less aligned ends the process
 
@@ -52,16 +53,10 @@ class TensorFlowBackend:
     def call(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {name: value.numpy() for name, value in flatten_outputs(model(**inputs))}
 
-    def compiled(
+    def predictor(
         self, model: keras.Model, **options: Any
     ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
-        run = tf.function(lambda inputs: dict(flatten_outputs(model(**inputs, **options))))
-
-        def call(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-            found = run({name: tf.constant(x) for name, x in inputs.items()})
-            return {name: value.numpy() for name, value in found.items()}
-
-        return call
+        return Predictor(model, **options)
 
     def gradients(self, model: keras.Model, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables = self.variables(model)

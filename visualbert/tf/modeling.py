@@ -5,14 +5,15 @@ methods in the same order; `tools/check_parallel.py` holds the list of permitted
 Architecture: arXiv 1908.03557 section 3, and `modeling.py` of uclanlp/visualbert.
 
 B batch  C choices  T text  V regions  S=T+V  N heads  D head size  H hidden  F visual features
-A aligned positions  E phrases  L labels  W words
+A aligned positions  E phrases or other chosen positions  L labels  W words  I images
+R rows of real tokens, K long (`visualbert.packing`)
 """
 
 import contextlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -20,22 +21,31 @@ import tensorflow as tf
 from keras import ops
 from tensorflow import Tensor as Array
 
-from visualbert.config import VisualBertConfig, checked
+from visualbert.config import SETTINGS, VisualBertConfig, checked
 from visualbert.errors import InputError, UsageError
 from visualbert.inputs.contract import (
     check_answer_position,
     check_arrays,
     check_inputs,
+    check_packing,
     flatten_choices,
     is_floating,
     require,
 )
 from visualbert.keywords import did_you_mean
 from visualbert.outputs import ModelOutput, model_output
+from visualbert.packing import (
+    LEAST_SAVED,
+    Packing,
+    labelled_positions,
+    plan_packing,
+    saved,
+)
 from visualbert.pretrained import PreTrained
 
 # Keras appends every argument of a call to an exception that does not carry this mark.
 InputError._keras_call_info_injected = True  # type: ignore[attr-defined]
+UsageError._keras_call_info_injected = True  # type: ignore[attr-defined]
 
 
 def gelu(x):
@@ -171,7 +181,12 @@ class Embeddings(Module):
         visual_embeds=None,
         visual_token_type_ids=None,
         image_text_alignment=None,
+        region_index=None,
+        is_text=None,
     ):
+        """Text and regions behind each other, or mixed, where `is_text` (R, K) says which is where;
+        regions at `region_index`, flat in (I, V), where several texts share them.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)  # B T H
         text_length = ops.shape(inputs_embeds)[1]
@@ -185,23 +200,28 @@ class Embeddings(Module):
             + self.token_type_embeddings(token_type_ids)
         )  # B T H
         if visual_embeds is not None:
-            regions = self.embed_regions(visual_embeds, visual_token_type_ids, image_text_alignment)
-            embeddings = ops.concatenate([embeddings, regions], axis=1)  # B S H
+            projected = self.visual_projection(visual_embeds)
+            if region_index is not None:
+                projected = take(projected, region_index)  # B V H
+            regions = self.embed_regions(projected, visual_token_type_ids, image_text_alignment)
+            if is_text is None:
+                embeddings = ops.concatenate([embeddings, regions], axis=1)  # B S H
+            else:
+                embeddings = ops.where(is_text[..., None], embeddings, regions)  # R K H
         return self.dropout(self.LayerNorm(embeddings))
 
-    def embed_regions(self, visual_embeds, visual_token_type_ids, image_text_alignment):
+    def embed_regions(self, projected, visual_token_type_ids, image_text_alignment):
         """Projection + segment + position; every region has position 0 of the visual table."""
-        first = ops.zeros_like(visual_embeds[:, :, 0], dtype="int32")  # B V
+        first = ops.zeros_like(projected[:, :, 0], dtype="int32")  # B V
         if visual_token_type_ids is None:
             visual_token_type_ids = first + 1
         embeddings = (
-            self.visual_projection(visual_embeds)
+            projected
             + self.visual_token_type_embeddings(visual_token_type_ids)
             + self.visual_position_embeddings(first)
         )  # B V H
         if image_text_alignment is not None:
-            aligned = image_text_alignment[:, : ops.shape(visual_embeds)[1]]  # B V A
-            embeddings = embeddings + self.aligned_positions(aligned)
+            embeddings = embeddings + self.aligned_positions(image_text_alignment)
         return embeddings
 
     def aligned_positions(self, image_text_alignment):
@@ -225,13 +245,24 @@ class SelfAttention(Module):
         self.value = Linear(config.hidden_size, config.hidden_size, name="value", **kw)
         self.dropout = Dropout(config.attention_probs_dropout_prob, name="dropout", **kw)
 
-    def call(self, hidden_states, visible=None, output_attentions=False):
-        query = self.split_heads(self.query(hidden_states))
-        key = self.split_heads(self.key(hidden_states))
-        value = self.split_heads(self.value(hidden_states))
+    def call(self, hidden_states, visible=None, output_attentions=False, chosen=None):
+        query, key, value = map(self.split_heads, self.project(hidden_states, chosen))
+        if chosen is not None:
+            visible = chosen.visible
         context, probs = self.plain_attention(query, key, value, visible)
         probs = probs if output_attentions else None
-        return ops.reshape(context, ops.shape(hidden_states)), probs  # B S H, B N S S
+        shape = (*ops.shape(query)[:2], self.num_heads * self.head_size)
+        return ops.reshape(context, shape), probs  # B S H, B N S S
+
+    def project(self, hidden_states, chosen):
+        """Query, key and value; with `chosen`, the query at those positions alone."""
+        if chosen is None:
+            return self.query(hidden_states), self.key(hidden_states), self.value(hidden_states)
+        query = self.query(take(hidden_states, chosen.positions))
+        key, value = self.key(hidden_states), self.value(hidden_states)
+        if chosen.places is not None:
+            key, value = take(key, chosen.places), take(value, chosen.places)
+        return query, key, value
 
     def split_heads(self, x):
         batch, length, _ = ops.shape(x)
@@ -270,8 +301,12 @@ class Attention(Module):
         self.self = SelfAttention(config, name="self", **kw)
         self.output_ = SelfOutput(config, name="output", **kw)
 
-    def call(self, hidden_states, visible=None, output_attentions=False):
-        context, probs = self.self(hidden_states, visible, output_attentions=output_attentions)
+    def call(self, hidden_states, visible=None, output_attentions=False, chosen=None):
+        context, probs = self.self(
+            hidden_states, visible, output_attentions=output_attentions, chosen=chosen
+        )
+        if chosen is not None:
+            hidden_states = take(hidden_states, chosen.positions)
         return self.output_(context, hidden_states), probs
 
 
@@ -314,9 +349,9 @@ class Layer(Module):
         self.intermediate = Intermediate(config, name="intermediate", **kw)
         self.output_ = Output(config, name="output", **kw)
 
-    def call(self, hidden_states, visible=None, output_attentions=False):
+    def call(self, hidden_states, visible=None, output_attentions=False, chosen=None):
         hidden_states, probs = self.attention(
-            hidden_states, visible, output_attentions=output_attentions
+            hidden_states, visible, output_attentions=output_attentions, chosen=chosen
         )
         return self.output_(self.intermediate(hidden_states), hidden_states), probs
 
@@ -332,20 +367,24 @@ class Encoder(Module):
         ]
         self.gradient_checkpointing = False
 
-    def call(self, hidden_states, visible=None, output_attentions=False, training=None):
+    def call(
+        self, hidden_states, visible=None, output_attentions=False, chosen=None, training=None
+    ):
+        """Every layer's input and output, and attentions; the last output is only `chosen`."""
         all_hidden_states, attentions = [hidden_states], []
-        for layer in self.layer:
+        for number, layer in enumerate(self.layer, 1):
+            only = chosen if number == len(self.layer) else None
             hidden_states, probs = self.run(
-                layer, hidden_states, visible, output_attentions, training
+                layer, hidden_states, visible, output_attentions, only, training
             )
             all_hidden_states.append(hidden_states)
             attentions.append(probs)
         return tuple(all_hidden_states), tuple(attentions)
 
-    def run(self, layer, hidden_states, visible, output_attentions, training):
+    def run(self, layer, hidden_states, visible, output_attentions, chosen, training):
         """One layer, whose activations are computed again in the backward pass if so asked."""
         if not (self.gradient_checkpointing and training):
-            return layer(hidden_states, visible, output_attentions=output_attentions)
+            return layer(hidden_states, visible, output_attentions=output_attentions, chosen=chosen)
 
         dropouts = [x for x in layer._flatten_layers() if isinstance(x, Dropout) and x.rate]
         seeds = {dropout: dropout.seed_generator.next() for dropout in dropouts}
@@ -353,7 +392,11 @@ class Encoder(Module):
         def again(hidden_states):
             with replayed(seeds):
                 result, probs = layer(
-                    hidden_states, visible, output_attentions=output_attentions, training=True
+                    hidden_states,
+                    visible,
+                    output_attentions=output_attentions,
+                    chosen=chosen,
+                    training=True,
                 )
             return (result, probs) if output_attentions else result  # no None may come out
 
@@ -369,8 +412,7 @@ class Pooler(Module):
         kw.pop("name", None)
         self.dense = Linear(config.hidden_size, config.hidden_size, name="dense", **kw)
 
-    def call(self, hidden_states, text_mask=None):
-        first = first_token(hidden_states, text_mask)
+    def call(self, first):
         return ops.tanh(self.dense(first))  # B H
 
 
@@ -596,7 +638,9 @@ class PreTrainedModel(PreTrained, keras.Model):
     def get_config(self) -> dict[str, Any]:
         """What Keras writes to rebuild the model."""
         policy = keras.saving.serialize_keras_object(self.dtype_policy)
-        return {"config": self.config.to_dict(), "name": self.name, "dtype": policy}
+        settings = {name: getattr(self.config, name) for name in SETTINGS}
+        config = self.config.to_dict()
+        return {"config": config, "settings": settings, "name": self.name, "dtype": policy}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
@@ -605,7 +649,8 @@ class PreTrainedModel(PreTrained, keras.Model):
             "name": config["name"],
             "dtype": keras.saving.deserialize_keras_object(config["dtype"]),
         }
-        return cls(VisualBertConfig.from_dict(config["config"]), seed=None, **kw)
+        settings = config.get("settings", {})
+        return cls(VisualBertConfig.from_dict(config["config"], **settings), seed=None, **kw)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep one activation per layer in training and compute the others again."""
@@ -667,9 +712,12 @@ class TFVisualBertModel(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        positions: Any = None,
         training: bool | None = None,
     ) -> ModelOutput:
         """Run text and regions through one Transformer.
@@ -689,14 +737,23 @@ class TFVisualBertModel(PreTrainedModel):
                 the second).
             image_text_alignment: (B, V, A) text positions that each region belongs to, -1 = padding
                 (VCR); longer than V is cut.
+            image_index: (B,) row of `visual_embeds`, `visual_attention_mask` and
+                `visual_token_type_ids` that each text is about, which are then (I, V, …): many
+                questions about few images, whose features are projected once.
+            packing: the rows to compute on, from `visualbert.plan_packing`, which stands for masks
+                that are left out; where it is left out, planned from the masks as `config.packing`
+                says. Attentions cannot be had from it.
             output_attentions: also return each layer's attention after softmax.
             output_hidden_states: also return the embeddings and each layer's output.
             return_dict: False gives the plain tuple, `to_tuple()`, of what is returned.
+            positions: (B, E) the only positions at which the last hidden state is asked for, or a
+                function that finds them from the text's mask and the text.
 
         Returns:
-            `last_hidden_state` (B, S, H), `pooler_output` (B, H), and on request `hidden_states`
-            and `attentions`. With `bypass_transformer` the encoder's entries cover the text and the
-            last entry, the additional layer's, covers text and regions.
+            `last_hidden_state` (B, S, H), or (B, E, H) at `positions` and then no `pooler_output`
+            (B, H), and on request `hidden_states` and `attentions`. Where the batch is packed,
+            hidden states at padding are zero. With `bypass_transformer` the encoder's entries cover
+            the text and the last entry, the additional layer's, covers text and regions.
 
         Raises:
             InputError: shapes or values that do not fit.
@@ -715,35 +772,144 @@ class TFVisualBertModel(PreTrainedModel):
                 "visual_attention_mask": visual_attention_mask,
                 "visual_token_type_ids": visual_token_type_ids,
                 "image_text_alignment": image_text_alignment,
+                "image_index": image_index,
+                "positions": None if callable(positions) else positions,
             },
         )
-        text_mask = inputs.pop("attention_mask")
-        visual_mask = inputs.pop("visual_attention_mask")
-        embeddings = self.embeddings(**inputs)  # B S H
-        text = inputs["input_ids"] if inputs_embeds is None else inputs["inputs_embeds"]
-        text_length = ops.shape(text)[1]
-        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
-
-        if self.config.bypass_transformer and visual_embeds is not None:
-            text_keys = None if visible is None else visible[..., :text_length]
-            text_embeddings = embeddings[:, :text_length]
-            hidden_states, attentions = self.encoder(
-                text_embeddings, text_keys, output_attentions=output_attentions
+        text_mask, visual_mask = inputs.pop("attention_mask"), inputs.pop("visual_attention_mask")
+        if image_text_alignment is not None:
+            count = ops.shape(inputs["visual_embeds"])[1]
+            inputs["image_text_alignment"] = inputs["image_text_alignment"][:, :count]  # B V A
+        chosen = inputs.pop("positions")
+        packing, text_mask, visual_mask = self.plan(
+            packing, text_mask, visual_mask, inputs, output_attentions, training
+        )
+        positions = positions(text_mask, text_of(inputs)) if callable(positions) else chosen
+        early = None if output_attentions or output_hidden_states else positions
+        if packing is None:
+            hidden_states, attentions = self.padded(
+                inputs, text_mask, visual_mask, early, output_attentions
             )
-            joint = ops.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
-            last, probs = self.additional_layer(joint, visible, output_attentions=output_attentions)
-            hidden_states, attentions = (*hidden_states, last), (*attentions, probs)
         else:
-            hidden_states, attentions = self.encoder(
-                embeddings, visible, output_attentions=output_attentions
-            )
+            hidden_states, attentions = self.packed(inputs, packing, early, output_hidden_states)
+        last = hidden_states[-1]
+        if positions is not None and early is None:
+            last = gather(last, positions)
         return model_output(
-            last_hidden_state=hidden_states[-1],
-            pooler_output=self.pooler(hidden_states[-1], text_mask),
+            last_hidden_state=last,
+            pooler_output=self.pooler(first_token(last, text_mask)) if positions is None else None,
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
             return_dict=return_dict,
         )
+
+    def plan(self, packing, text_mask, visual_mask, inputs, output_attentions, training):
+        """The packing that is passed or, where `config.packing` allows one, pays and can be
+        planned, else None; and the masks, None where nothing is masked.
+        """
+        self.flash()
+        words, features = text_of(inputs), inputs["visual_embeds"]
+        late = self.config.bypass_transformer and features is not None
+        if packing is not None:
+            sizes = words.shape[0], words.shape[1], 0 if features is None else features.shape[1]
+            check_packing(packing, late, output_attentions, sizes)
+            packing = as_packing(packing)
+            if text_mask is None:
+                text_mask = as_index(packing.places[:, : ops.shape(words)[1]] >= 0)
+            return packing, text_mask, visual_mask
+        resting = not training
+        allowed = {"always": True, "never": False}.get(self.config.packing, resting)
+        text, regions, index = map(values, (text_mask, visual_mask, inputs["image_index"]))
+        known = text is not None or text_mask is None, regions is not None or visual_mask is None
+        if not all(known) or (text_mask is None and visual_mask is None):
+            return None, text_mask, visual_mask
+        if all(mask is None or mask.all() for mask in (text, regions)):
+            return None, None, None
+        if not allowed or output_attentions:
+            return None, text_mask, visual_mask
+        text = np.ones(tuple(words.shape[:2]), bool) if text is None else text
+        if regions is None and features is not None:
+            regions = np.ones(tuple(features.shape[:2]), bool)
+        if not text.any(1).all():
+            return None, text_mask, visual_mask  # an example without text
+        plan = plan_packing(
+            text, regions, image_index=index, late_fusion=late, step=self.row_step()
+        )
+        if saved(plan) < LEAST_SAVED:
+            return None, text_mask, visual_mask
+        return as_packing(plan), text_mask, visual_mask
+
+    def row_step(self):
+        """Of the lengths of rows, as `plan_packing` takes it."""
+        return 1
+
+    def flash(self):
+        """Whether variable-length flash attention serves.
+
+        Raises:
+            UsageError: it is asked for by name and cannot.
+        """
+        if self.config.attn_implementation == "flash":
+            raise UsageError(
+                "attn_implementation='flash' is PyTorch's, on a GPU; pass attn_implementation="
+                "'sdpa', which takes what TensorFlow has"
+            )
+        return False
+
+    def padded(self, inputs, text_mask, visual_mask, positions, output_attentions):
+        """Hidden states (B, S, H), the last one only at `positions` if there are some, and
+        attentions.
+        """
+        text_length = ops.shape(text_of(inputs))[1]
+        inputs, visual_mask = spread(inputs, visual_mask)
+        embeddings = self.embeddings(**inputs)  # B S H
+        visible = joint_mask(text_mask, visual_mask, embeddings, text_length)
+        chosen = choose_positions(positions, ops.shape(embeddings)[1], visible)
+        if not self.config.bypass_transformer or inputs["visual_embeds"] is None:
+            return self.encoder(
+                embeddings, visible, output_attentions=output_attentions, chosen=chosen
+            )
+        text_keys = None if visible is None else visible[..., :text_length]
+        hidden_states, attentions = self.encoder(
+            embeddings[:, :text_length], text_keys, output_attentions=output_attentions
+        )
+        joint = ops.concatenate([hidden_states[-1], embeddings[:, text_length:]], axis=1)
+        last, probs = self.additional_layer(
+            joint, visible, output_attentions=output_attentions, chosen=chosen
+        )
+        return (*hidden_states, last), (*attentions, probs)
+
+    def packed(self, inputs, packing, positions, output_hidden_states):
+        """What `padded` gives, zeros at padding, computed on rows of real tokens."""
+        rows, is_text, text_places = packed_inputs(inputs, packing)
+        embeddings = self.embeddings(**rows, is_text=is_text)  # R K H
+        visible = self.kept_apart(packing)
+        chosen = choose_places(positions, packing.places)
+        if not self.config.bypass_transformer or is_text is None:
+            hidden_states, _ = self.encoder(embeddings, visible, chosen=chosen)
+            places = [packing.places] * len(hidden_states)
+        else:
+            text_rows, _, _ = packed_inputs(text_only(inputs), packing.text)
+            hidden_states, _ = self.encoder(
+                self.embeddings(**text_rows), self.kept_apart(packing.text)
+            )
+            places = [packing.text.places] * len(hidden_states) + [packing.places]
+            text = take(hidden_states[-1], ops.maximum(take(packing.text.places, text_places), 0))
+            joint = ops.where(is_text[..., None], text, embeddings)  # R K H
+            last, _ = self.additional_layer(joint, visible, chosen=chosen)
+            hidden_states = (*hidden_states, last)
+        if positions is not None:
+            there = ops.take_along_axis(packing.places, positions, axis=1) >= 0  # B E
+            last = hidden_states[-1]
+            return (ops.where(there[..., None], last, ops.zeros_like(last)),), ()
+        wanted = len(hidden_states) if output_hidden_states else 1
+        pairs = zip(hidden_states[-wanted:], places[-wanted:], strict=True)
+        return tuple(unpack(x, where) for x, where in pairs), ()
+
+    def kept_apart(self, packing):
+        """What keeps the examples in the rows apart: a mask (R, 1, K, K)."""
+        examples = packing.source // ops.shape(packing.places)[1]  # R K
+        return (examples[:, :, None] == examples[:, None, :])[:, None]
 
 
 @keras.saving.register_keras_serializable(package="visualbert")
@@ -771,6 +937,8 @@ class TFVisualBertForPreTraining(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -788,8 +956,24 @@ class TFVisualBertForPreTraining(PreTrainedModel):
 
         Returns:
             `prediction_logits` (B, S, W), `seq_relationship_logits` (B, 2), and `loss`, the sum of
-            the losses whose labels were given.
+            the losses whose labels were given. With `config.sparse_prediction` and labels, words
+            are predicted where there is a label alone, for the loss, and not returned.
         """
+        match, labelled = sentence_image_labels, None
+
+        def first_and_labelled(text_mask, text):
+            nonlocal labels, match, labelled
+            regions = 0 if visual_embeds is None else visual_embeds.shape[1]
+            sizes = {"B": text.shape[0], "T": text.shape[1], "V": regions}
+            given = {"labels": labels, "sentence_image_labels": match}
+            labels, match = self.edge(self.architecture, given, **sizes).values()
+            if labels is None or not self.config.sparse_prediction:
+                return None
+            labelled = self.label_positions(labels, packing)  # B E
+            return ops.concatenate(
+                [first_position(text_mask, text), ops.maximum(labelled, 0)], axis=1
+            )
+
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -800,16 +984,22 @@ class TFVisualBertForPreTraining(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_and_labelled,
         )
         sequence = outputs.last_hidden_state
-        labels_in = {"labels": labels, "sentence_image_labels": sentence_image_labels}
-        text: Any = input_ids if inputs_embeds is None else inputs_embeds
-        sizes = {"B": sequence.shape[0], "T": text.shape[1], "S": sequence.shape[1]}
-        labels, match = self.edge(self.architecture, labels_in, **sizes).values()
+        if labelled is None:
+            pooled = outputs.pooler_output
+        else:
+            pooled, sequence = self.visual_bert.pooler(sequence[:, 0]), sequence[:, 1:]
+            known: Any = labels
+            picked = ops.take_along_axis(known, ops.maximum(labelled, 0), axis=1)
+            labels = ops.where(labelled >= 0, picked, -1)  # B E
         word_table = self.visual_bert.embeddings.word_embeddings.embeddings
-        prediction_logits, match_logits = self.cls(sequence, outputs.pooler_output, word_table)
+        prediction_logits, match_logits = self.cls(sequence, pooled, word_table)
         losses = []
         if labels is not None:
             losses.append(cross_entropy(prediction_logits[:, : ops.shape(labels)[1]], labels))
@@ -817,12 +1007,23 @@ class TFVisualBertForPreTraining(PreTrainedModel):
             losses.append(cross_entropy(match_logits, ops.reshape(match, (-1,))))
         return model_output(
             loss=sum(losses) if losses else None,
-            prediction_logits=prediction_logits,
+            prediction_logits=prediction_logits if labelled is None else None,
             seq_relationship_logits=match_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             return_dict=return_dict,
         )
+
+    def label_positions(self, labels, packing):
+        """Positions (B, E) with a label, -1 behind them: as planned, or as the labels show, or all
+        that labels cover.
+        """
+        if packing is not None and packing.labelled is not None:
+            return as_index(packing.labelled)
+        seen = values(labels)
+        if seen is not None:
+            return as_index(labelled_positions(seen))
+        return ops.broadcast_to(ops.arange(ops.shape(labels)[1], dtype="int32"), ops.shape(labels))
 
 
 @keras.saving.register_keras_serializable(package="visualbert")
@@ -851,6 +1052,8 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -872,6 +1075,8 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
             (batch, choices),
             lambda x: ops.repeat(x[:, None], ops.shape(text)[1], axis=1),
             lambda x: ops.reshape(x, (-1, *ops.shape(x)[2:])),
+            ops.arange(ops.shape(text)[0], dtype="int32"),
+            image_index,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -884,12 +1089,14 @@ class TFVisualBertForMultipleChoice(PreTrainedModel):
         )
         outputs = self.visual_bert(
             **inputs,
+            packing=packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_position,
         )
+        pooled = self.visual_bert.pooler(outputs.last_hidden_state[:, 0])  # B·C H
         (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch, C=choices).values()
-        scores = self.cls(self.dropout(outputs.pooler_output))
-        logits = ops.reshape(scores, ops.shape(text)[:2])
+        logits = ops.reshape(self.cls(self.dropout(pooled)), ops.shape(text)[:2])
         return model_output(
             loss=None if labels is None else cross_entropy(logits, ops.reshape(labels, (-1,))),
             logits=logits,
@@ -925,6 +1132,8 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -951,14 +1160,14 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=answer_position,
         )
-        sequence = outputs.last_hidden_state
-        (labels,) = self.edge(self.architecture, {"labels": labels}, B=sequence.shape[0]).values()
-        text: Any = input_ids if inputs_embeds is None else inputs_embeds
-        position = self.answer_position(attention_mask, sequence, text)
-        answer = gather(sequence, position)[:, 0]
+        answer = outputs.last_hidden_state[:, 0]
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=answer.shape[0]).values()
         logits = self.cls(self.dropout(answer))
         return model_output(
             loss=None
@@ -969,19 +1178,6 @@ class TFVisualBertForQuestionAnswering(PreTrainedModel):
             attentions=outputs.attentions,
             return_dict=return_dict,
         )
-
-    def answer_position(self, attention_mask, sequence, text):
-        """Index of the second-last real token, (B, 1), found from the mask, so padding may be
-        left.
-        """
-        if attention_mask is None:
-            check_answer_position(text.shape[1], None)
-            return ops.zeros_like(sequence[:, :1, 0], dtype="int32") + ops.shape(text)[1] - 2  # B 1
-        mask = as_tensor(attention_mask, False, self.compute_dtype)  # B T
-        check_answer_position(text.shape[1], look(mask))
-        counts = ops.cumsum(mask, 1)
-        second_last = ops.cast(counts == counts[:, -1:] - 1, "int32")
-        return ops.argmax(second_last, 1)[:, None]
 
 
 @keras.saving.register_keras_serializable(package="visualbert")
@@ -1010,6 +1206,8 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -1035,12 +1233,15 @@ class TFVisualBertForVisualReasoning(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=first_position,
         )
-        batch = outputs.pooler_output.shape[0]
-        (labels,) = self.edge(self.architecture, {"labels": labels}, B=batch).values()
-        logits = self.cls(self.dropout(outputs.pooler_output))
+        pooled = self.visual_bert.pooler(outputs.last_hidden_state[:, 0])  # B H
+        (labels,) = self.edge(self.architecture, {"labels": labels}, B=pooled.shape[0]).values()
+        logits = self.cls(self.dropout(pooled))
         return model_output(
             loss=None if labels is None else cross_entropy(logits, ops.reshape(labels, (-1,))),
             logits=logits,
@@ -1080,6 +1281,8 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
         visual_attention_mask: Array | None = None,
         visual_token_type_ids: Array | None = None,
         image_text_alignment: Array | None = None,
+        image_index: Array | None = None,
+        packing: Packing | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -1099,8 +1302,26 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             the Kullback-Leibler divergence summed over phrases and regions, averaged over the
             batch.
         """
-        require(self.architecture, region_to_phrase_position=region_to_phrase_position)
+        phrases_at: Any = require(
+            self.architecture, region_to_phrase_position=region_to_phrase_position
+        )
         features: Any = require(self.architecture, visual_embeds=visual_embeds)
+
+        def phrases_and_regions(text_mask, text):
+            nonlocal labels
+            positions, labels = self.edge(
+                self.architecture,
+                {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
+                B=text.shape[0],
+                T=text.shape[1],
+                V=features.shape[1],
+            ).values()
+            count = ops.shape(features)[1]
+            phrases = ops.where(positions >= 0, positions, 0)  # B E
+            regions = ops.arange(count, dtype="int32") + ops.shape(text)[1]
+            regions = ops.broadcast_to(regions, (ops.shape(text)[0], count))
+            return ops.concatenate([phrases, regions], axis=1)
+
         outputs = self.visual_bert(
             input_ids,
             attention_mask,
@@ -1111,22 +1332,23 @@ class TFVisualBertForRegionToPhraseAlignment(PreTrainedModel):
             visual_attention_mask,
             visual_token_type_ids,
             image_text_alignment,
+            image_index,
+            packing,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            positions=phrases_and_regions,
         )
         sequence = outputs.last_hidden_state
-        regions = sequence[:, ops.shape(sequence)[1] - ops.shape(features)[1] :]  # B V H
-        positions, labels = self.edge(
-            self.architecture,
-            {"region_to_phrase_position": region_to_phrase_position, "labels": labels},
-            B=sequence.shape[0],
-            V=regions.shape[1],
-            S=sequence.shape[1],
-        ).values()
-        phrases = gather(sequence, ops.where(positions >= 0, positions, 0))  # B E H
+        split = ops.shape(phrases_at)[1]
+        phrases, regions = sequence[:, :split], sequence[:, split:]  # B E H, B V H
         visible = visual_attention_mask
-        if visible is not None:
+        if visible is None and packing is not None:
+            visible = as_packing(packing).places
+            visible = visible[:, ops.shape(visible)[1] - ops.shape(regions)[1] :] >= 0
+        elif visible is not None:
             visible = as_tensor(visible, False, self.compute_dtype) != 0
+            if image_index is not None:
+                visible = ops.take(visible, as_index(image_index), axis=0)
         logits = self.attention(phrases, regions, visible)
         return model_output(
             loss=None if labels is None else divergence(logits, labels),
@@ -1163,11 +1385,122 @@ def joint_mask(text_mask, visual_mask, embeddings, text_length):
     return ops.concatenate([text_mask, visual_mask], axis=1)[:, None, None, :]
 
 
+class Chosen(NamedTuple):
+    """The only positions at which a layer's output is asked for."""
+
+    positions: Array  # (B, E) flat index into the layer's input
+    places: Array | None  # (B, S) where its keys lie, if they are not (B, S) already
+    visible: Array | None  # (B, 1, 1, S) which keys are there
+
+
+def choose_positions(positions, length, visible):
+    """`Chosen` for (B, E) positions of a padded batch."""
+    if positions is None:
+        return None
+    examples = ops.arange(ops.shape(positions)[0], dtype="int32")[:, None]
+    return Chosen(examples * length + positions, None, visible)
+
+
+def choose_places(positions, places):
+    """`Chosen` for (B, E) positions of the batch that was packed."""
+    if positions is None:
+        return None
+    asked = ops.maximum(ops.take_along_axis(places, positions, axis=1), 0)
+    return Chosen(asked, ops.maximum(places, 0), (places >= 0)[:, None, None])
+
+
+def packed_inputs(inputs, packing):
+    """Inputs in rows, (R, K, …), for a packing of text and regions or of text alone; which
+    positions are text, None for text alone; and each position's flat place in the text (B, T).
+    """
+    text, features = text_of(inputs), inputs["visual_embeds"]
+    text_length, length = ops.shape(text)[1], ops.shape(packing.places)[1]
+    source = ops.maximum(packing.source, 0)  # R K
+    example, position = source // length, source % length
+    is_text = position < text_length
+    at_text = example * text_length + ops.where(is_text, position, 0)
+    rows = {k: taken(inputs[k], at_text) for k in ("input_ids", "token_type_ids", "inputs_embeds")}
+    given = inputs["position_ids"]
+    rows["position_ids"] = (
+        ops.where(is_text, position, 0)
+        if given is None
+        else take(ops.broadcast_to(given, ops.shape(text)[:2]), at_text)
+    )
+    if features is None:
+        return rows, None, at_text
+    count = ops.shape(features)[1]
+    index, region = inputs["image_index"], ops.where(is_text, 0, position - text_length)
+    at_region = (example if index is None else ops.take(index, example)) * count + region
+    rows["visual_embeds"] = features if index is not None else take(features, at_region)
+    rows["region_index"] = None if index is None else at_region
+    rows["visual_token_type_ids"] = taken(inputs["visual_token_type_ids"], at_region)
+    rows["image_text_alignment"] = taken(inputs["image_text_alignment"], example * count + region)
+    return rows, is_text, at_text
+
+
+def spread(inputs, visual_mask):
+    """Inputs of a padded batch, and its mask of regions, with one row for each text."""
+    inputs = {**inputs}
+    index = inputs.pop("image_index")
+    if index is None:
+        return inputs, visual_mask
+    count = ops.shape(inputs["visual_embeds"])[1]
+    at_region = index[:, None] * count + ops.arange(count, dtype="int32")  # B V
+    inputs["region_index"] = at_region
+    inputs["visual_token_type_ids"] = taken(inputs["visual_token_type_ids"], at_region)
+    return inputs, taken(visual_mask, at_region)
+
+
+def text_of(inputs):
+    """(B, T) ids or (B, T, H) embeddings, whichever was passed."""
+    return inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+
+
+def text_only(inputs):
+    """The inputs without regions."""
+    regions = ("visual_embeds", "visual_token_type_ids", "image_text_alignment", "image_index")
+    return {**inputs, **dict.fromkeys(regions)}
+
+
+def take(x, index):
+    """(…, H): x of (B, S, H), or its entries of (B, S), at a flat index (…) into (B, S)."""
+    return tf.gather(ops.reshape(x, (-1, *ops.shape(x)[2:])), index)
+
+
+def taken(x, index):
+    """`take`, or None of None."""
+    return None if x is None else take(x, index)
+
+
+def unpack(x, places):
+    """(B, S, H) of rows (R, K, H): zeros where there is no place."""
+    found = take(x, ops.maximum(places, 0))
+    return ops.where((places >= 0)[..., None], found, ops.zeros_like(found))
+
+
+def first_position(text_mask, text):
+    """(B, 1): the first position that is no padding."""
+    if text_mask is None:
+        return ops.zeros((ops.shape(text)[0], 1), "int32")
+    return ops.argmax(ops.cast(text_mask != 0, "int32"), 1)[:, None]
+
+
+def answer_position(text_mask, text):
+    """(B, 1): the second-last position that is no padding, which may stand on either side."""
+    if text_mask is None:
+        check_answer_position(text.shape[1], None)
+        return first_position(None, text) + ops.shape(text)[1] - 2
+    check_answer_position(text.shape[1], look(text_mask))
+    counts = ops.cumsum(text_mask, 1)
+    second_last = ops.cast(counts == counts[:, -1:] - 1, "int32")
+    return ops.argmax(second_last, 1)[:, None]
+
+
 def first_token(hidden_states, text_mask):
     """(B, H): the first position that is no padding."""
     if text_mask is None:
         return hidden_states[:, 0]
-    return gather(hidden_states, ops.argmax(ops.cast(text_mask != 0, "int32"), 1)[:, None])[:, 0]
+    return gather(hidden_states, first_position(text_mask, hidden_states))[:, 0]
 
 
 def gather(hidden_states, positions):
@@ -1217,6 +1550,25 @@ def look(x):
     if not hasattr(x, "numpy") or "CPU" not in x.device:
         return None
     return x.numpy()
+
+
+def values(x):
+    """The values as numpy, waiting for a device if need be; None where they cannot be had."""
+    return x.numpy() if hasattr(x, "numpy") else None
+
+
+def as_index(x):
+    """A whole-number array as a tensor of indices."""
+    return ops.cast(x, "int32")
+
+
+def as_packing(packing):
+    """A packing's arrays as tensors of indices."""
+    if packing is None:
+        return None
+    *arrays, text = packing
+    arrays = [None if x is None else as_index(x) for x in arrays]
+    return Packing(*arrays, as_packing(text))
 
 
 def unwritten(shape, dtype=None):
