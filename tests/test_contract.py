@@ -254,7 +254,8 @@ def test_a_tuple_instead_of_a_mapping(backend, architecture):
     assert type(model(**inputs)) is type(output) is not tuple
     assert len(found) == len(output) + 1
     for value, expected in zip(found[:-1], output.to_tuple(), strict=True):
-        assert np.array_equal(numbers(value), numbers(expected))
+        # without hidden states, the last layer runs at the head's positions alone
+        assert np.abs(numbers(value) - numbers(expected)).max() < 1e-5
     assert output[0] is next(iter(output.values()))
 
 
@@ -357,7 +358,7 @@ def test_choices_share_regions_or_have_their_own(backend):
     }
     a, b = outputs(backend, model, inputs), outputs(backend, model, repeated)
     assert a["logits"].shape == (len(inputs["labels"]), choices)
-    assert np.array_equal(a["logits"], b["logits"])
+    assert np.abs(a["logits"] - b["logits"]).max() < 1e-6  # features are projected once, or each
 
 
 def test_alignment_is_a_mean_and_may_be_too_long(backend):
@@ -394,7 +395,7 @@ def test_embeddings_instead_of_ids(backend):
 
 
 def test_late_fusion_reads_text_alone_until_the_last_layer(backend):
-    config = tiny_config(bypass_transformer=True)
+    config = tiny_config(bypass_transformer=True, packing="never")
     model = make_model(backend, "VisualBertModel", config)
     inputs = make_inputs(PLAIN, "VisualBertModel", config)
     asked = {"output_hidden_states": True, "output_attentions": True}
@@ -495,7 +496,7 @@ def test_starting_from_a_bert(backend, tmp_path):
     ).eval()
     bert.save_pretrained(tmp_path)
     cls = get_backend(backend).models["VisualBertModel"]
-    model = cls.from_bert(tmp_path, visual_embedding_dim=20)
+    model = cls.from_bert(tmp_path, visual_embedding_dim=20, packing="never")  # as BERT computes
     tensors = ModelTensors(get_backend(backend), model)
     for name in ("token_type_embeddings", "position_embeddings"):
         text = tensors.read(f"embeddings.{name}.weight")

@@ -1,8 +1,9 @@
-"""The PyTorch models do what PyTorch users expect: compile, export, autocast, Trainer, pickle."""
+"""The PyTorch models do what PyTorch users expect: autocast, Trainer, pickle; tests/test_compile.py
+is for compilation and export.
+"""
 
 import copy
 import dataclasses
-import io
 import pickle
 
 import numpy as np
@@ -17,9 +18,7 @@ from native_helpers import (
     CHOICE,
     DROPOUT,
     HEADS,
-    PHRASES,
     PRETRAINING,
-    SIZES,
     B,
     S,
     batch,
@@ -28,7 +27,6 @@ from native_helpers import (
     tiny_config,
     with_masked_row,
 )
-from torch.export import Dim
 
 import visualbert
 from visualbert.errors import UsageError
@@ -41,10 +39,8 @@ each_head = pytest.mark.parametrize("architecture", HEADS)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler_and_one_thread():
+def one_thread():
     """Operations this small wait for their threads more than they compute."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,115 +61,6 @@ def loss_and_gradients(model, inputs, seed=0):
     loss = model(**inputs).loss
     loss.backward()
     return [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-class TestCompile:
-    @each_architecture
-    def test_one_graph_equals_eager(self, architecture):
-        """`backend="eager"` runs the captured graph as it is: what is tested is the capture."""
-        model, other = build(architecture), build(architecture, seed=1)
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
-        for sizes in SIZES:
-            inputs = tensors(batch(architecture, *sizes))
-            found = compiled(**inputs)
-            assert type(found) is ModelOutput
-            assert difference(found, model(**inputs)) < 1e-6
-            assert difference(found, other(**inputs)) > 0.1
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-    @pytest.mark.parametrize("architecture", [BODY, ANSWERS])
-    def test_optional_outputs_and_missing_inputs(self, architecture):
-        model = build(architecture)
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        inputs = tensors(batch(architecture, labels=False, alignment=False))
-        del inputs["attention_mask"], inputs["visual_attention_mask"], inputs["token_type_ids"]
-        asked = inputs | {"output_hidden_states": True, "output_attentions": True}
-        assert difference(compiled(**asked), model(**asked)) < 1e-5
-
-    @pytest.mark.parametrize("dtype", LOW)
-    def test_in_low_precision(self, dtype):
-        model, inputs = build(ANSWERS).to(dtype), tensors(batch(ANSWERS))
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        assert difference(compiled(**inputs), model(**inputs)) < 1e-3
-
-    @pytest.mark.slow
-    @each_architecture
-    def test_inductor_equals_eager(self, architecture):
-        model = build(architecture)
-        inputs = tensors(batch(architecture))
-        assert difference(torch.compile(model, fullgraph=True)(**inputs), model(**inputs)) < 1e-4
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_a_compiled_training_step_has_the_same_gradients(self, checkpointing):
-        model = build(ANSWERS).train()
-        inputs = tensors(batch(ANSWERS))
-        expected = loss_and_gradients(model, inputs)
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model.compile(fullgraph=True)
-        assert largest(loss_and_gradients(model, inputs), expected) < 1e-4
-
-
-class TestExport:
-    @each_architecture
-    def test_one_program_for_all_sizes(self, architecture):
-        model = build(architecture)
-        inputs = tensors(batch(architecture))
-        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs))
-        program = reloaded(program).module()
-        for sizes in SIZES:
-            inputs = tensors(batch(architecture, *sizes))
-            found = program(**inputs)
-            assert type(found) is ModelOutput
-            assert difference(found, model(**inputs)) < 1e-5
-
-    @pytest.mark.parametrize("architecture", [BODY, PRETRAINING, CHOICE, ANSWERS])
-    def test_text_alone(self, architecture):
-        model = build(architecture)
-        inputs = tensors(batch(architecture, regions=0))
-        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs))
-        inputs = tensors(batch(architecture, 4, 7, 0))
-        assert difference(program.module()(**inputs), model(**inputs)) < 1e-5
-
-    @pytest.mark.parametrize("architecture", [BODY, ANSWERS, PHRASES])
-    def test_without_masks(self, architecture):
-        model = build(architecture)
-        names = ("input_ids", "visual_embeds", "region_to_phrase_position")
-
-        def unmasked(*sizes):
-            inputs = tensors(batch(architecture, *sizes))
-            return {name: inputs[name] for name in names if name in inputs}
-
-        shapes = dynamic_shapes(unmasked())
-        program = torch.export.export(model, (), unmasked(), dynamic_shapes=shapes).module()
-        found = program(**unmasked(4, 7, 6))
-        assert difference(found, model(**unmasked(4, 7, 6))) < 1e-5
-        assert difference(found, model(**tensors(batch(architecture, 4, 7, 6, labels=False)))) > 0.1
-
-
-def dynamic_shapes(inputs):
-    """Batch, text and regions free; choices, phrases, alignments, labels and features fixed."""
-    batch_, text, regions = Dim("batch", max=64), Dim("text", min=2, max=36), Dim("regions", max=64)
-    text_axis = inputs["input_ids"].dim() - 1
-    axes = {
-        name: {0: batch_, text_axis if "visual" not in name else 1: text}
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-    }
-    axes |= {name: {0: batch_, 1: regions} for name in inputs if name.startswith("visual_")}
-    axes["image_text_alignment"] = {0: batch_, 1: regions}
-    if "region_to_phrase_position" in inputs and "labels" in inputs:
-        axes["labels"] = {0: batch_, 2: regions}
-    elif "sentence_image_labels" in inputs:
-        axes["labels"] = {0: batch_, 1: Dim.DYNAMIC}
-    return {name: axes.get(name, {0: batch_}) for name in inputs}
-
-
-def reloaded(program):
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    return torch.export.load(file)
 
 
 class TestPrecision:

@@ -224,7 +224,7 @@ CONTROLS = {
         TF,
         "self.key(hidden_states)",
         "self.query(hidden_states)",
-        "calls of SelfAttention.forward",
+        "calls of SelfAttention.project",
     ),
     "calls in another order": (
         TF,
@@ -244,7 +244,12 @@ CONTROLS = {
         "features: Any = visual_embeds",
         "calls of VisualBertForRegionToPhraseAlignment.forward",
     ),
-    "shape comment changed": (TF, "  # B V H", "  # B H V", "shapes of Embeddings.embed_regions"),
+    "shape comment changed": (
+        TF,
+        "(first)\n        )  # B V H",
+        "(first)\n        )  # B H V",
+        "shapes of Embeddings.embed_regions",
+    ),
 }
 
 

@@ -175,7 +175,8 @@ def test_every_tensor_arrives(kind, bert, sources, open_source):
 def test_text_alone(kind, backend, sources, expected):
     chosen = get_backend(backend)
     architecture = BODY if kind == "bare" else PRETRAINING
-    model = chosen.models[architecture].from_bert(sources[kind], **WIDTH)
+    cls = chosen.models[architecture]
+    model = cls.from_bert(sources[kind], packing="never", **WIDTH)  # padding too, as BERT does
     found = chosen.call(model, TEXT)
     names = ("last_hidden_state", "pooler_output")
     if architecture == PRETRAINING:
@@ -234,7 +235,7 @@ def test_convert(kind, run, bert, sources, expected, tmp_path):
             "bert_model.ckpt.index",
             "bert_model.ckpt.data-00000-of-00001",
         }
-    model = load(tmp_path)
+    model = load(tmp_path, packing="never")
     assert model.architecture == PRETRAINING
     logits = get_backend("pt").call(model, TEXT)["prediction_logits"]
     assert np.abs(logits - expected["prediction_logits"]).max() <= TOLERANCE
@@ -432,7 +433,7 @@ def test_a_real_bert(backend):
     """MiniLM's folder: a bare BertModel with position_ids, 6 layers of 384."""
     oracle = transformers.BertModel.from_pretrained(minilm()).eval()
     chosen = get_backend(backend)
-    model = chosen.models[BODY].from_bert(minilm(), visual_embedding_dim=2048)
+    model = chosen.models[BODY].from_bert(minilm(), visual_embedding_dim=2048, packing="never")
     assert (model.config.hidden_size, model.config.num_attention_heads) == (384, 12)
     ids = np.random.default_rng(1).integers(1000, 30000, (2, 20))
     inputs = {**TEXT, "input_ids": ids, "token_type_ids": np.zeros_like(ids)}

@@ -163,9 +163,10 @@ def check_batch(config: VisualBertConfig, where: str, inputs: Mapping[str, Any])
             **body,
         )
     check_inputs(config, "VisualBertModel", lambda x: x, body, {})
-    text, regions = ids if embeds is None else embeds, body["visual_embeds"]
+    text: Any = body["input_ids"] if body["inputs_embeds"] is None else body["inputs_embeds"]
     if where == "VisualBertForQuestionAnswering":
         check_answer_position(text.shape[1], body["attention_mask"])
+    regions = body["visual_embeds"]
     count = 0 if regions is None else regions.shape[1]
     if "packing" in given:
         late = config.bypass_transformer and regions is not None

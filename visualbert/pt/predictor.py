@@ -23,12 +23,13 @@ from visualbert.buckets import Buckets, Fitted
 from visualbert.inputs.contract import check_batch
 from visualbert.packing import plan_batch
 from visualbert.pt.convert import from_numpy, to_numpy
-from visualbert.pt.modeling import Intermediate, Linear, SelfAttention, choose
+from visualbert.pt.modeling import Intermediate, Linear, choose
 from visualbert.pt.quantized import QuantizedLinear
 
 GRAPH_POSITIONS = 512  # a larger batch keeps a GPU busy without a graph
 GRAPHS = 16
 _WARM_UP = 3  # calls before a recording, as PyTorch's documentation has it
+_RECORDING = threading.Lock()  # a process may record one call at a time
 
 Call = Callable[[dict[str, Any]], dict[str, Tensor]]
 
@@ -192,14 +193,11 @@ class CudaRecorder:
         """
         current = torch.cuda.current_stream(self.stream.device)
         inputs = {n: x.to(self.stream.device, copy=True) for n, x in tensors.items()}
-        for name in inputs:
-            if name.endswith(
-                "attention_mask"
-            ):  # where all is seen, a mask is dropped outside alone
-                inputs[name].zero_()
+        for mask in (x for n, x in inputs.items() if n.endswith("attention_mask")):
+            mask.zero_()  # one that hides nothing would be dropped, though not in the recording
         self.stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
+        with _RECORDING, torch.cuda.stream(self.stream):
             for _ in range(_WARM_UP):
                 run(inputs)
             with torch.cuda.graph(
@@ -245,7 +243,8 @@ class Graphs:
             for name, x in tensors.items():
                 recording.inputs[name].copy_(x)
             recording.replay()
-            return as_arrays(recording.outputs)  # before the next call overwrites them
+            copies = {n: x.to("cpu", copy=True) for n, x in recording.outputs.items()}
+        return as_arrays(copies)
 
     def _add(self, key: Any, tensors: Mapping[str, Tensor]) -> None:
         try:
@@ -253,8 +252,9 @@ class Graphs:
             self.open = len(self.recordings) < GRAPHS
         except RuntimeError as error:
             self.open = False
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             warnings.warn(
-                f"a CUDA graph could not be recorded ({error}); small batches of other shapes are "
+                f"a CUDA graph could not be recorded ({reason}); small batches of other shapes are "
                 "run without one, which is slower and gives the same",
                 RuntimeWarning,
                 stacklevel=4,

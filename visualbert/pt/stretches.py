@@ -68,7 +68,8 @@ def attend_apart(
     context: Any
     if stretches.lengths is None:
         starts, longest = stretches.starts, stretches.longest
-        context = varlen_attn(*parts, starts, starts, longest, longest)
+        kernel: Any = varlen_attn
+        context = kernel(*parts, starts, starts, longest, longest)
     else:
         pieces = zip(*(x.split(stretches.lengths) for x in parts), strict=True)
         context = torch.cat([attend(*(x[None] for x in piece), None)[0][0] for piece in pieces])
