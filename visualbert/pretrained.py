@@ -68,7 +68,8 @@ class PreTrained:
             revision: branch, tag or commit on the Hub.
             config: a configuration or the file of one, in place of the checkpoint's own.
             dtype: "float32", "float64", "float16" or "bfloat16", or the framework's own object for
-                one of them; the checkpoint's own when left out or "auto".
+                one of them; the checkpoint's own when left out or "auto". "int8", in PyTorch on a
+                CPU, is float32 with linear layers in int8, for inference alone.
             new_head: draw the task head anew from `seed`, whatever the file holds for it.
             seed: of whatever is drawn anew.
             **changes: fields of `VisualBertConfig` to change, such as `num_labels` or
@@ -233,13 +234,26 @@ def load_model(
         )
     found = match(tensors, architecture, config, new_head=new_head, backend=backend.name)
     check_ties(tensors, found)
-    chosen = dtype_name(dtype) if dtype is not None else common_dtype(tensors)
+    asked = None if dtype is None else dtype_name(dtype)
+    quantize = _quantizer(backend) if asked == "int8" else None
+    chosen = common_dtype(tensors) if asked in (None, "int8") else asked  # int8 is cut from it
     if config.architectures != (architecture,):
         config = config.replace(architectures=(architecture,))
     model = backend.create(cls, config, chosen)
     fresh = InitialValues(architecture, config, seed) if found.fresh else None
     _fill(backend, model, tensors, found.sources, fresh, found.fresh, chosen)
-    return model
+    return model if quantize is None else quantize(model)
+
+
+def _quantizer(backend: Backend) -> Callable[[Any], Any]:
+    """What turns linear layers into int8 ones."""
+    quantize = getattr(backend, "_quantize", None)
+    if quantize is None:
+        raise UsageError(
+            f"dtype='int8' is for PyTorch on a CPU, not for backend {backend.name!r}; load the "
+            "model with backend 'pt', or in bfloat16"
+        )
+    return quantize
 
 
 def fill(backend: Backend, model: Any, tensors: Tensors) -> None:
@@ -305,8 +319,14 @@ def native_variables(backend: Backend, model: Any) -> dict[Param, Any]:
     """The handle of every parameter in the table, once model and table are found to agree.
 
     Raises:
+        UsageError: the weights are rounded to int8.
         CheckpointError: they do not; a fault of the model's code or of its class's table.
     """
+    if getattr(model, "quantized", False):
+        raise UsageError(
+            "a model in int8 is neither saved nor filled, as its weights are rounded; use the "
+            "checkpoint that it was loaded from"
+        )
     handles = backend.variables(model)
     table = {native_name(backend, p): p for p in parameters(model.architecture, model.config)}
     wrong = sorted(set(table) ^ set(handles))

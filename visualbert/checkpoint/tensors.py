@@ -24,6 +24,8 @@ DTYPES: dict[str, np.dtype] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+# What a model can be loaded in: a floating type, or with linear layers in int8.
+LOADED = (*DTYPES, "int8")
 
 # Every type that a weight file may hold, under the name that torch, numpy and ml_dtypes share.
 STORED: dict[str, np.dtype] = {
@@ -142,16 +144,16 @@ class Selected:
 
 
 def dtype_name(dtype: object) -> str:
-    """The name in `DTYPES` of a numpy, torch, JAX or TensorFlow dtype, or of a name itself.
+    """The name in `LOADED` of a numpy, torch, JAX or TensorFlow dtype, or of a name itself.
 
     Raises:
-        UsageError: it is not a floating type that a checkpoint can hold.
+        UsageError: it is not a type that a model can be loaded in.
     """
     # DType.name (TensorFlow), dtype.__name__ (jnp.float32, np.float32), str(torch.float32).
     name = str(getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or dtype)
     name = name.removeprefix("torch.")
-    if name not in DTYPES:
-        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if name not in LOADED:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(LOADED)}")
     return name
 
 

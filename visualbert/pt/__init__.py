@@ -1,8 +1,10 @@
 """VisualBERT in PyTorch."""
 
+from torch.serialization import add_safe_globals
 from torch.utils import _pytree
 
 from visualbert.outputs import ModelOutput, flatten, unflatten
+from visualbert.packing import Packing
 from visualbert.pt.modeling import (
     VisualBertForMultipleChoice,
     VisualBertForPreTraining,
@@ -31,3 +33,5 @@ _pytree.register_pytree_node(
         tuple(output),
     ),
 )
+_pytree._register_namedtuple(Packing, serialized_type_name="visualbert.Packing")
+add_safe_globals([Packing])  # an exported program's file holds the inputs it was made with

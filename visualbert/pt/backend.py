@@ -11,6 +11,7 @@ from visualbert.config import VisualBertConfig
 from visualbert.pt import modeling
 from visualbert.pt.convert import from_numpy, to_numpy
 from visualbert.pt.predictor import Predictor
+from visualbert.pt.quantized import quantize
 from visualbert.schema import ARCHITECTURES, Kind
 
 
@@ -60,6 +61,9 @@ class TorchBackend:
         self, model: torch.nn.Module, **options: Any
     ) -> Callable[[Mapping[str, Any]], dict[str, np.ndarray]]:
         return Predictor(model, **options)
+
+    def _quantize(self, model: torch.nn.Module) -> torch.nn.Module:
+        return quantize(model)
 
     def gradients(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         variables = self.variables(model)

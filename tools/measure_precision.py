@@ -1,0 +1,136 @@
+"""How far each type is from float32: accuracy, the share of equal first choices, and the logits.
+
+Two models: the package's own checkpoint on questions about scenes that training never saw, and one
+of base size, drawn at random, on random inputs. The reference is the first framework in float32.
+
+    python tools/measure_precision.py [--scenes 500] [--seed 77] [--examples 256]
+        [--backends pt,tf,flax] [--dtypes float32,bfloat16,float16,int8]
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from measure_embedded import look
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+COLUMNS = ("accuracy", "same first choice", "worst logit", "mean logit")
+DTYPES = ("float32", "bfloat16", "float16", "int8")
+BATCH = 32
+ANSWERS, FEATURES, TEXT, REGIONS = 3129, 2048, 20, 36  # of the random model: VQA 2.0's
+
+Arrays = Mapping[str, object]
+
+
+class Task(NamedTuple):
+    """A checkpoint, batches for it, and the right labels where there are any."""
+
+    name: str
+    source: str
+    batches: Sequence[Arrays]
+    right: np.ndarray | None
+
+
+class Agreement(NamedTuple):
+    """How (N, L) logits compare with a reference."""
+
+    top1: float  # share of equal first choices
+    worst: float  # largest difference of a logit
+    mean: float
+
+
+def compare(logits: np.ndarray, reference: np.ndarray) -> Agreement:
+    """How `logits` (N, L) agree with `reference`."""
+    error = np.abs(logits - reference)
+    same = logits.argmax(1) == reference.argmax(1)
+    return Agreement(float(same.mean()), float(error.max()), float(error.mean()))
+
+
+def run(backend: str, dtype: str, task: Task) -> np.ndarray:
+    """(N, L) logits in float64."""
+    import visualbert
+
+    model = visualbert.load(task.source, backend, dtype=dtype)
+    predict = visualbert.get_backend(backend).predictor(model)
+    return np.concatenate([predict(x)["logits"].astype(np.float64) for x in task.batches])
+
+
+def embedded_task(scenes: int, seed: int) -> Task:
+    """Questions about scenes with handwriting that training never saw, from their pixels."""
+    import visualbert
+    from visualbert.answering import embedded
+
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        seen = list(pool.map(look, range(scenes), [seed] * scenes, chunksize=20))
+    asked = [(q, regions) for regions, questions in seen for q in questions]
+    pipeline = visualbert.pipeline("vqa")
+    batches = []
+    for at in range(0, len(asked), BATCH):
+        questions, regions = zip(*asked[at : at + BATCH], strict=True)
+        batches.append(dict(pipeline.processor([q.text for q in questions], regions=regions)))
+    right = np.array([pipeline.answers.index(q.answer) for q, _ in asked])
+    return Task(f"own checkpoint, {len(asked)} questions", str(embedded()), batches, right)
+
+
+def random_task(examples: int, seed: int, folder: str) -> Task:
+    """A model of base size with initial weights, saved to `folder`, and random inputs."""
+    import visualbert
+
+    config = visualbert.VisualBertConfig(visual_embedding_dim=FEATURES, num_labels=ANSWERS)
+    visualbert.VisualBertForQuestionAnswering(config, seed=seed).save_pretrained(folder)
+    rng = np.random.default_rng(seed)
+    batches = [
+        {
+            "input_ids": rng.integers(1, config.vocab_size, (BATCH, TEXT)),
+            "visual_embeds": rng.standard_normal((BATCH, REGIONS, FEATURES)).astype(np.float32),
+        }
+        for _ in range(0, examples, BATCH)
+    ]
+    return Task(f"base size, random, {len(batches) * BATCH} examples", folder, batches, None)
+
+
+def rows(
+    task: Task, reference: np.ndarray, backends: Sequence[str], dtypes: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """What is printed of each framework and type."""
+    for backend, dtype in itertools.product(backends, dtypes):
+        if dtype == "int8" and backend != "pt":
+            continue
+        logits = run(backend, dtype, task)
+        top1, worst, mean = compare(logits, reference)
+        right = "" if task.right is None else f"{(logits.argmax(1) == task.right).mean():.2%}"
+        yield backend, dtype, right, f"{top1:.2%}", f"{worst:.1e}", f"{mean:.1e}"
+
+
+def main() -> None:
+    """Measure, print."""
+    from visualbert.cli.common import console, table
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--backends", default="pt,tf,flax")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    args = parser.parse_args()
+    backends, dtypes = args.backends.split(","), args.dtypes.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        for task in (
+            embedded_task(args.scenes, args.seed),
+            random_task(args.examples, args.seed, folder),
+        ):
+            reference = run(backends[0], "float32", task)
+            made = table("", "type", *COLUMNS, right=COLUMNS)
+            for row in rows(task, reference, backends, dtypes):
+                made.add_row(*row)
+            console().print(f"{task.name}; standard deviation of the logits {reference.std():.2f}")
+            console().print(made)
+
+
+if __name__ == "__main__":
+    main()
