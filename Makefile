@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL := 3
 
-.PHONY: demo test test-slow check bench bench-convert clean
+.PHONY: demo test test-slow check bench bench-sweep bench-convert clean
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py
@@ -22,7 +22,12 @@ check: .venv/installed
 	$(BIN)/python tools/check_parallel.py
 
 bench: .venv/installed
-	$(BIN)/python tools/benchmark.py
+	$(BIN)/visualbert bench --runs 9 --dtype float32,bfloat16,int8 \
+		--json docs/performance.json --plot docs/performance.png
+
+bench-sweep: .venv/installed
+	$(BIN)/visualbert bench --sweep \
+		--json docs/performance-sweep.json --plot docs/performance-sweep.png
 
 bench-convert: .venv/installed
 	$(BIN)/python tools/benchmark_convert.py

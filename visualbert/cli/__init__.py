@@ -13,7 +13,7 @@ from visualbert import __version__
 from visualbert.cli.parser import Parser
 from visualbert.errors import VisualBertError
 
-COMMANDS = ("inspect", "convert", "verify", "answer", "scenes")
+COMMANDS = ("inspect", "convert", "verify", "answer", "bench", "scenes")
 
 
 def main(argv: list[str] | None = None) -> int:
