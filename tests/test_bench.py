@@ -217,7 +217,11 @@ def test_the_limit_multiplies_what_the_model_multiplies(dtype):
 # Every framework
 
 
-@pytest.fixture(scope="module", params=["vcr", "ragged", "train-vqa", "pretrain"])
+SLOW = {"marks": pytest.mark.slow}
+BATCHES = ("vcr", pytest.param("ragged", **SLOW), pytest.param("train-vqa", **SLOW), "pretrain")
+
+
+@pytest.fixture(scope="module", params=BATCHES)
 def reference(request, settings):
     """A workload, and what transformers gives for it."""
     workload = WORKLOADS[request.param]._replace(batch=3)
@@ -450,6 +454,7 @@ def test_the_command_says_what_differs(run, monkeypatch, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_sweep(run, monkeypatch, tmp_path):
     monkeypatch.setattr("visualbert.cli.bench.SWEEP", SWEEP[:2])
     values, picture = tmp_path / "p.json", tmp_path / "p.svg"
@@ -496,7 +501,7 @@ def test_without_a_gpu(run):
     )
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, **SLOW)])
 def test_an_interrupt_leaves_nothing_behind(sent, tmp_path):
     process = subprocess.Popen(
         [

@@ -57,6 +57,7 @@ from visualbert.schema import ARCHITECTURES
 LOW = {torch.bfloat16: 0.25, torch.float16: 0.05}
 SIZES = ((7, 9, 6), (9, 8, 10), (16, 12, 7))  # batch, text, regions; packed, several rows
 ONE = (1, 9, 6)  # the single question
+SHALLOW = {"num_hidden_layers": 1}
 gpu = pytest.mark.gpu
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -167,7 +168,7 @@ class TestCompile:
 
     def test_few_graphs_where_nothing_is_said(self):
         """The first size, all others, and batches of one."""
-        model = build(ANSWERS)
+        model = build(ANSWERS, **SHALLOW)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         for sizes, most in ((SIZES[0], 1), (SIZES[1], 2), (SIZES[2], 2), (ONE, 3), (SIZES[1], 3)):
             inputs, _ = make(ANSWERS, "padded", *sizes)
@@ -175,7 +176,7 @@ class TestCompile:
             assert graphs() <= most
 
     def test_axes_may_be_marked(self):
-        model = build(ANSWERS)
+        model = build(ANSWERS, **SHALLOW)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         for sizes in SIZES:
             inputs, _ = make(ANSWERS, "padded", *sizes)
@@ -186,14 +187,14 @@ class TestCompile:
         assert graphs() == 1
 
     def test_numpy_goes_in_too(self):
-        model = build(ANSWERS)
+        model = build(ANSWERS, **SHALLOW)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         inputs = batch(ANSWERS)
         assert difference(compiled(**inputs), model(**inputs)) < 1e-9
 
     @pytest.mark.parametrize("architecture", [BODY, pytest.param(ANSWERS, marks=pytest.mark.slow)])
     def test_optional_outputs_and_missing_inputs(self, architecture):
-        model = build(architecture)
+        model = build(architecture, **SHALLOW)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         inputs, _ = make(architecture, "bare", *SIZES[0])
         asked = inputs | {"output_hidden_states": True, "output_attentions": True}
@@ -202,7 +203,7 @@ class TestCompile:
 
     @pytest.mark.parametrize("dtype", LOW)
     def test_in_low_precision(self, dtype):
-        model, (inputs, _) = build(ANSWERS).to(dtype), make(ANSWERS, "padded", *SIZES[0])
+        model, (inputs, _) = build(ANSWERS, **SHALLOW).to(dtype), make(ANSWERS, "padded", *SIZES[0])
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert difference(compiled(**inputs), model(**inputs)) < 1e-3
 
@@ -285,7 +286,7 @@ class TestExport:
         "architecture", [ANSWERS, *(pytest.param(x, marks=pytest.mark.slow) for x in HEADS[:2])]
     )
     def test_strictly(self, architecture):
-        model, (inputs, _) = build(architecture), make(architecture, "padded", *SIZES[0])
+        model, (inputs, _) = build(architecture, **SHALLOW), make(architecture, "padded", *SIZES[0])
         shapes = dynamic_shapes(inputs)
         program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=True)
         inputs, _ = make(architecture, "padded", *ONE)
@@ -296,7 +297,7 @@ class TestExport:
         [BODY, *(pytest.param(x, marks=pytest.mark.slow) for x in (PRETRAINING, CHOICE, ANSWERS))],
     )
     def test_text_alone(self, architecture):
-        model = build(architecture)
+        model = build(architecture, **SHALLOW)
         inputs = tensors(batch(architecture, *SIZES[0][:2], 0))
         shapes = dynamic_shapes(inputs)
         program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
@@ -304,7 +305,7 @@ class TestExport:
         assert difference(program(**inputs), model(**inputs)) < 1e-9
 
     def test_masks_that_are_left_out_are_no_part_of_a_program(self):
-        model, (inputs, _) = build(ANSWERS), make(ANSWERS, "bare", *SIZES[0])
+        model, (inputs, _) = build(ANSWERS, **SHALLOW), make(ANSWERS, "bare", *SIZES[0])
         program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs))
         inputs, _ = make(ANSWERS, "bare", 4, 7, 6)
         found = program.module()(**inputs)
@@ -865,13 +866,14 @@ def test_the_documentation_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 6
     monkeypatch.chdir(tmp_path)
-    arrays = batch(ANSWERS, *SIZES[0], labels=False)
+    arrays = batch(ANSWERS, *SIZES[0], labels=False, alignment=False)
     names = {
         "arrays": arrays,
         "batch": tensors(arrays),
         "model": build(ANSWERS, dtype=torch.float32),
     }
-    names["tensors"] = {name: tf.constant(x) for name, x in arrays.items()}
+    int32 = {k: x.astype(np.int32) if x.dtype.kind == "i" else x for k, x in arrays.items()}
+    names["tensors"] = {name: tf.constant(x) for name, x in int32.items()}
     for backend in ("tf", "flax"):
         names[f"{backend}_model"] = get_backend(backend).models[ANSWERS](tiny_config(), seed=0)
     lines = "\n".join(blocks).replace("/var/cache/jax", str(tmp_path)).splitlines()
