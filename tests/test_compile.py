@@ -54,7 +54,8 @@ from visualbert.pt.predictor import (
 )
 from visualbert.schema import ARCHITECTURES
 
-LOW = {torch.bfloat16: 0.25, torch.float16: 0.05}
+LOW = (torch.bfloat16, torch.float16)
+ROUNDED = {torch.bfloat16: 1.0, torch.float16: 0.1}  # of logits up to 10; other models: above 2
 SIZES = ((7, 9, 6), (9, 8, 10), (16, 12, 7))  # batch, text, regions; packed, several rows
 ONE = (1, 9, 6)  # the single question
 SHALLOW = {"num_hidden_layers": 1}
@@ -274,7 +275,9 @@ class TestExport:
         model, other = build(architecture, kind), build(architecture, kind, seed=1)
         inputs, _ = make(architecture, kind, *SIZES[0])
         shapes = dynamic_shapes(inputs)
-        program = torch.export.export(model, (), tensors(inputs), dynamic_shapes=shapes)
+        program = torch.export.export(
+            model, (), tensors(inputs), dynamic_shapes=shapes, strict=False
+        )
         run = reloaded(program).module()
         for sizes in (*SIZES, ONE):
             inputs, packing = make(architecture, kind, *sizes)
@@ -300,13 +303,17 @@ class TestExport:
         model = build(architecture, **SHALLOW)
         inputs = tensors(batch(architecture, *SIZES[0][:2], 0))
         shapes = dynamic_shapes(inputs)
-        program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+        program = torch.export.export(
+            model, (), inputs, dynamic_shapes=shapes, strict=False
+        ).module()
         inputs = tensors(batch(architecture, 4, 7, 0))
         assert difference(program(**inputs), model(**inputs)) < 1e-9
 
     def test_masks_that_are_left_out_are_no_part_of_a_program(self):
         model, (inputs, _) = build(ANSWERS, **SHALLOW), make(ANSWERS, "bare", *SIZES[0])
-        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes(inputs))
+        program = torch.export.export(
+            model, (), inputs, dynamic_shapes=dynamic_shapes(inputs), strict=False
+        )
         inputs, _ = make(ANSWERS, "bare", 4, 7, 6)
         found = program.module()(**inputs)
         check(found, model, inputs, None)
@@ -719,7 +726,7 @@ class TestPrepacked:
 @gpu
 @on_gpu
 class TestGpu:
-    @pytest.mark.parametrize("dtype", LOW)
+    @pytest.mark.parametrize("dtype", ROUNDED)
     @pytest.mark.parametrize("kind", ["bare", "padded", "packed", "packed, late", "packed, shared"])
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_flash_attention(self, architecture, kind, dtype):
@@ -734,7 +741,7 @@ class TestGpu:
                 found, *others = flash(**inputs), plain(**padded), other(**padded)
             where = packing or plan(padded)
             found, right, wrong = (real(x, where) for x in (found, *others))
-            assert error(found, right) < LOW[dtype] < error(found, wrong)
+            assert error(found, right) < ROUNDED[dtype] < error(found, wrong)
 
     @pytest.mark.parametrize("kind", ["packed", "packed, late"])
     def test_flash_attention_trains(self, kind):
@@ -747,7 +754,7 @@ class TestGpu:
         assert all(x.isfinite().all() for x in found)
         assert largest(found, expected) < 0.1 * max(x.abs().max() for x in expected)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+    @pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED])
     def test_a_mask_keeps_an_efficient_kernel(self, dtype):
         """No other is allowed here, and PyTorch would say that none is left."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -756,7 +763,7 @@ class TestGpu:
         inputs, _ = make(ANSWERS, "padded", *SIZES[0])
         with torch.no_grad(), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
             found = model(**inputs)
-        assert difference(found, build(ANSWERS)(**inputs)) < LOW.get(dtype, 1e-3)
+        assert difference(found, build(ANSWERS)(**inputs)) < ROUNDED.get(dtype, 1e-3)
 
     @pytest.mark.parametrize("kind", ["padded", "packed"])
     def test_compiled(self, kind):
@@ -767,15 +774,15 @@ class TestGpu:
             for sizes in SIZES:
                 inputs, packing = make(ANSWERS, kind, *sizes)
                 padded = {k: x for k, x in inputs.items() if k != "packing"}
-                assert error(compiled(**inputs), plain(**padded), packing) < LOW[torch.bfloat16]
+                assert error(compiled(**inputs), plain(**padded), packing) < ROUNDED[torch.bfloat16]
         assert graphs() == 1
 
-    @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+    @pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED])
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_a_predictor_with_graphs(self, architecture, dtype):
         model, other = build(architecture), build(architecture, seed=1)
         predictor = Predictor(copy.deepcopy(model).to("cuda", dtype))
-        tolerance = LOW.get(dtype, 1e-3)
+        tolerance = ROUNDED.get(dtype, 1e-3)
         for size in [(1, n, m) for n, m in ((9, 6), (7, 6), (21, 8), (30, 40)) for _ in "abc"]:
             given, _ = make(architecture, "padded", *size)
             given = {k: x.numpy() for k, x in given.items() if "labels" not in k}

@@ -199,6 +199,41 @@ class TestPlan:
             nothing = plan_packing(np.zeros((2, 5)), step=step, allow_empty=True)
             assert (nothing.places == -1).all() and (nothing.source == -1).all()
 
+    ONES = np.ones((4, 5), int)
+    MASK = (
+        "attention_mask has shape {}, expected (batch, text) or (batch, choices, text), at least "
+    )
+    INDEX = "image_index has shape {} and type {}, expected (batch,) with batch = 4 as in "
+    FAULTS = [
+        ({"text": ONES[0]}, MASK.format("(5,)") + "one example and one token"),
+        ({"text": ONES[:0]}, MASK.format("(0, 5)") + "one example and one token"),
+        ({"regions": ONES[:3]}, "visual_attention_mask has shape (3, 5), expected (batch, regions) "
+         "with batch = 4 as in attention_mask"),
+        ({"text": ONES.reshape(2, 2, 5), "regions": ONES.reshape(4, 1, 5)}, "visual_attention_mask "
+         "has shape (4, 1, 5), expected (batch, regions) or (batch, choices, regions) with batch = "
+         "2 as in attention_mask"),
+        ({"image_index": [0, 1]}, INDEX.format("(2,)", "int64") + "attention_mask, and integers"),
+        ({"image_index": np.zeros(4)}, INDEX.format("(4,)", "float64") + "attention_mask, and "
+         "integers"),
+        ({"regions": ONES[:2], "image_index": [0, 1, 2, 0]}, "image_index[2] is 2, expected 0 to 1 "
+         "(images = 2)"),
+        ({"image_index": [0, 1, 2, -1]}, "image_index[3] is -1, expected 0 to 3 (images = 4)"),
+        ({"regions": None, "image_index": [0, 1, 2, 3]}, "image_index says which row of "
+         "visual_attention_mask, (images, regions), each example is about, but that has shape (); "
+         "leave one of the two out"),
+        ({"labels": ONES[:3]}, "labels has shape (3, 5), expected (batch, text) or (batch, text + "
+         "regions) with batch = 4 as in attention_mask, text = 5 and text + regions = 10"),
+        ({"step": 0}, "step is 0, expected a whole number from 1, or None for one row"),
+        ({"step": 1.5}, "step is 1.5, expected a whole number from 1, or None for one row"),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize(("fault", "sentence"), FAULTS)
+    def test_what_cannot_be_planned_for(self, fault, sentence):
+        given = {"text": self.ONES, "regions": self.ONES, **fault}
+        with pytest.raises(InputError) as error:
+            plan_packing(given.pop("text"), given.pop("regions"), **given)
+        assert str(error.value) == sentence
+
     @pytest.mark.parametrize(
         ("step", "width"), [(None, 3), (1, 3), (8, 7), (64, 7)], ids=["none", "1", "8", "64"]
     )

@@ -5,15 +5,19 @@ of base size, drawn at random, on random inputs. The reference is the first fram
 
     python tools/measure_precision.py [--scenes 500] [--seed 77] [--examples 256]
         [--backends pt,tf,flax] [--dtypes float32,bfloat16,float16,int8]
+    python tools/measure_precision.py --products    the speed of PyTorch's int8 products instead
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from measure_embedded import look
@@ -107,6 +111,108 @@ def rows(
         yield backend, dtype, right, f"{top1:.2%}", f"{worst:.1e}", f"{mean:.1e}"
 
 
+def linear_dynamic(layer: Any) -> Callable[[Any], Any]:
+    """PyTorch's older way, which is deprecated: one scale for all activations."""
+    import torch
+
+    weight = layer.weight
+    scale = weight.abs().amax(1).double() / 127
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    rounded = torch.quantize_per_channel(weight, scale, zeros, 0, torch.qint8)
+    packed: Any = torch.ops.quantized.linear_prepack(rounded, layer.bias)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, False)
+
+
+def torchao(layer: Any) -> Callable[[Any], Any]:
+    """torchao's dynamic int8, where it is installed."""
+    import torch
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = torch.nn.Sequential(layer)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def int_mm(layer: Any) -> Callable[[Any], Any]:
+    """`torch._int_mm` between the roundings of `QuantizedLinear`."""
+    import torch
+
+    scale = layer.weight.abs().amax(1) / 127
+    weight = (layer.weight / scale[:, None]).round().to(torch.int8).t().contiguous()
+
+    def call(x: Any) -> Any:
+        largest = x.abs().amax(1, keepdim=True)
+        rounded = (x * (127 / largest)).round_().to(torch.int8)
+        product = torch._int_mm(rounded, weight).float().mul_(scale / 127)
+        return torch.addcmul(layer.bias, product, largest)
+
+    return call
+
+
+def onednn(layer: Any) -> Callable[[Any], Any]:
+    """`QuantizedLinear`."""
+    from visualbert.pt.quantized import QuantizedLinear
+
+    return QuantizedLinear.of(layer)
+
+
+def packed(layer: Any) -> Callable[[Any], Any]:
+    """float32 as a predictor computes it."""
+    from visualbert.pt.predictor import PrepackedLinear
+
+    return PrepackedLinear(layer)
+
+
+WAYS: Mapping[str, Callable[[Any], Callable[[Any], Any]]] = {
+    "float32": lambda layer: layer,
+    "float32, packed": packed,
+    "torchao": torchao,
+    "linear_dynamic": linear_dynamic,
+    "_int_mm": int_mm,
+    "QuantizedLinear": onednn,
+}
+SHAPES = tuple(
+    (rows, *shape)
+    for rows in (56, 1120)
+    for shape in ((768, 768), (768, 3072), (3072, 768), (2048, 768))
+)
+
+
+def rates(rows: int, inner: int, outer: int) -> dict[str, str]:
+    """Of each way to multiply, thousands of millions of operations in a second of this thread's
+    processor time: the first quartile of twenty rounds.
+    """
+    import torch
+
+    x, calls = torch.randn(rows, inner), {}
+    for name, make in WAYS.items():
+        with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+            calls[name] = make(torch.nn.Linear(inner, outer))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _, (name, call) in itertools.product(range(20), calls.items()):
+        start = time.thread_time()
+        call(x)
+        times[name].append(time.thread_time() - start)
+    operations = 2 * rows * inner * outer
+    return {name: f"{operations / sorted(t)[5] / 1e9:.0f}" for name, t in times.items()}
+
+
+def print_products() -> None:
+    """The table of `WAYS` and `SHAPES`."""
+    import torch
+
+    from visualbert.cli.common import console, table
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with torch.no_grad():
+        found = {f"{m} × {k} → {n}": rates(m, k, n) for m, k, n in SHAPES}
+    made = table("GOP/s, one thread", *found, right=tuple(found))
+    for way in WAYS:
+        made.add_row(way, *(rate.get(way, "–") for rate in found.values()))
+    console().print(made)
+
+
 def main() -> None:
     """Measure, print."""
     from visualbert.cli.common import console, table
@@ -117,7 +223,11 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--backends", default="pt,tf,flax")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--products", action="store_true")
     args = parser.parse_args()
+    if args.products:
+        print_products()
+        return
     backends, dtypes = args.backends.split(","), args.dtypes.split(",")
     with tempfile.TemporaryDirectory() as folder:
         for task in (

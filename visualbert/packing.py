@@ -6,6 +6,7 @@ row, where attention keeps them apart. A model computes on the rows alone and gi
 would have given for the padded batch, zeros at padding.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -65,8 +66,9 @@ def plan_packing(
             model says of them means nothing.
 
     Raises:
-        InputError: an example shows nothing.
+        InputError: an example shows nothing, or something has another shape.
     """
+    check_plannable(attention_mask, visual_attention_mask, labels, image_index, step)
     text, regions, image_index = flat_masks(attention_mask, visual_attention_mask, image_index)
     visible = joint_visibility(text, regions, image_index)
     for example in np.flatnonzero(~visible.any(1))[: not allow_empty]:
@@ -112,6 +114,62 @@ def plan_batch(
     packing = plan_packing(text, regions, image_index=index, late_fusion=late, step=step)
     arrays |= masks
     return {**arrays, "packing": packing} if saved(packing) >= LEAST_SAVED else arrays
+
+
+def check_plannable(
+    text: Any, regions: Any, labels: Any, image_index: Any, step: int | None
+) -> None:
+    """Refuse what no rows can be planned for: arguments of `plan_packing`.
+
+    Raises:
+        InputError: the first that does not fit.
+    """
+    if step is not None and (not isinstance(step, int) or step < 1):
+        raise InputError(f"step is {step!r}, expected a whole number from 1, or None for one row")
+    shape = np.shape(text)
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise InputError(
+            f"attention_mask has shape {shape}, expected (batch, text) or (batch, choices, text), "
+            "at least one example and one token"
+        )
+    found, texts, length = np.shape(regions), math.prod(shape[:-1]), shape[-1]
+    same = f"with batch = {shape[0]} as in attention_mask"
+    if len(found) == len(shape) == 3:
+        fits = found[:2] == shape[:2]
+    else:
+        fits = len(found) == 2 and (found[0] == shape[0] or image_index is not None)
+    if regions is not None and not fits:
+        choices = " or (batch, choices, regions)" * (len(shape) == 3)
+        raise InputError(
+            f"visual_attention_mask has shape {found}, expected (batch, regions){choices} {same}"
+        )
+    if image_index is not None:
+        _check_index(np.asarray(image_index), shape[0], found)
+    wide = length + (found[-1] if found else 0)
+    if labels is not None and np.shape(labels) not in ((texts, length), (texts, wide)):
+        raise InputError(
+            f"labels has shape {np.shape(labels)}, expected (batch, text) or (batch, text + "
+            f"regions) {same}, text = {length} and text + regions = {wide}"
+        )
+
+
+def _check_index(index: np.ndarray, batch: int, regions: tuple[int, ...]) -> None:
+    """Refuse an `image_index` that is not of rows of the regions' mask, of shape `regions`."""
+    if len(regions) != 2:
+        raise InputError(
+            "image_index says which row of visual_attention_mask, (images, regions), each example "
+            f"is about, but that has shape {regions}; leave one of the two out"
+        )
+    if index.shape != (batch,) or index.dtype.kind not in "iu":
+        raise InputError(
+            f"image_index has shape {index.shape} and type {index.dtype}, expected (batch,) with "
+            f"batch = {batch} as in attention_mask, and integers"
+        )
+    for at in np.flatnonzero((index < 0) | (index >= regions[0]))[:1]:
+        raise InputError(
+            f"image_index[{at}] is {index[at]}, expected 0 to {regions[0] - 1} (images = "
+            f"{regions[0]})"
+        )
 
 
 def flat_masks(text: Any, regions: Any, image_index: Any = None) -> tuple[Any, Any, Any]:

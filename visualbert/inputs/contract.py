@@ -241,7 +241,7 @@ def require(where: str, *one_of: Any, **named: Any) -> Any:
     present = [x for x in (*one_of, *named.values()) if x is not None]
     if not present:
         raise InputError(f"{where} needs {' or '.join(named) or 'input_ids or inputs_embeds'}")
-    for name, x in zip(("input_ids", "inputs_embeds"), one_of, strict=False):
+    for name, x in zip(("input_ids", "inputs_embeds")[: len(one_of)], one_of, strict=True):
         if x is not None:
             _check_array(name, x)
             batch, *rest = BODY_INPUTS[name].axes.split()
@@ -303,9 +303,9 @@ def flatten_choices(
         shape = tuple(x.shape)
         if len(shape) == len(axes) and "V" in axes[1]:
             x = repeat(x)
-        agrees = len(x.shape) == len(axes) + 1 and all(
-            None in (size, want) or size == want for size, want in zip(x.shape, sizes, strict=False)
-        )
+        pairs = zip(x.shape[:2], sizes[: len(x.shape)], strict=True)
+        same = [None in pair or pair[0] == pair[1] for pair in pairs]
+        agrees = len(x.shape) == len(axes) + 1 and all(same)
         if not agrees:
             want = _spelled(["B", "C", *axes[1:]])
             raise InputError(

@@ -819,9 +819,10 @@ class TFVisualBertModel(PreTrainedModel):
             return packing, text_mask, visual_mask
         resting = not training
         allowed = {"always": True, "never": False}.get(self.config.packing, resting)
-        text, regions, index = map(values, (text_mask, visual_mask, inputs["image_index"]))
-        known = text is not None or text_mask is None, regions is not None or visual_mask is None
-        if not all(known) or (text_mask is None and visual_mask is None):
+        given = text_mask, visual_mask, inputs["image_index"]
+        text, regions, index = seen = [values(x) for x in given]
+        hidden = any(x is None and y is not None for x, y in zip(seen, given, strict=True))
+        if hidden or (text_mask is None and visual_mask is None):
             return None, text_mask, visual_mask
         if all(mask is None or mask.all() for mask in (text, regions)):
             return None, None, None
