@@ -1,6 +1,7 @@
 # Each target sets up what it needs, in .venv, from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+SLOW ?= slow or gpu
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 export TF_CPP_MIN_LOG_LEVEL := 3
 
@@ -13,7 +14,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m "slow or gpu"
+	$(BIN)/python -m pytest -n 2 -m "$(SLOW)"
 
 check: .venv/installed
 	$(BIN)/ruff check .

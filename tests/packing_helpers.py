@@ -16,7 +16,7 @@ from native_helpers import (
     numbers,
     tiny_config,
 )
-from tiny import BACKENDS, make_model
+from tiny import BACKENDS, REST, make_model
 
 from visualbert import get_backend
 from visualbert.backend import native_name, to_native
@@ -34,12 +34,12 @@ flax_later = pytest.mark.parametrize(
 
 def rows(names, *rows, **first):
     """Each row with every backend. Of a backend that is named, which takes its time, some rows are
-    run at first, and the others wait for the slow run.
+    run at first, and the others are the rest of a product.
     """
     return pytest.mark.parametrize(
         f"backend, {names}",
         [
-            pytest.param(b, *row, marks=[pytest.mark.slow] * (row not in first.get(b, rows)))
+            pytest.param(b, *row, marks=REST if row not in first.get(b, rows) else ())
             for row in rows
             for b in BACKENDS
         ],

@@ -263,19 +263,21 @@ def test_a_wrong_model_is_told_apart(reference, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_step_learns(backend, settings):
+def test_a_step_learns(backend, settings, monkeypatch):
     """The update is one: the loss falls, and dropout makes every step another."""
+    from visualbert.bench import engines
     from visualbert.bench.engines import load_model, make_step
 
+    monkeypatch.setattr(engines, "LEARNING_RATE", 1e-3)  # quicker than dropout's noise
     workload = WORKLOADS["train-vqa"]._replace(batch=3)
     folder = str(settings.checkpoint(VQA))
     model = load_model(backend, folder, workload, "float32", {}, "cpu")
     step = make_step(backend, model, workload, make_inputs(workload, TINY))
     before = step.check()["loss"]
-    losses = [step() for _ in range(60)]
-    assert len(set(losses)) > 50
+    losses = [step() for _ in range(30)]
+    assert len(set(losses)) > 25
     assert losses[0] == pytest.approx(float(before), rel=0.2)
-    assert np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -550,6 +550,7 @@ def test_flipped_bits_in_a_header(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_bit_of_a_header(folder):
     path = folder / WEIGHTS
     (size,) = struct.unpack("<Q", path.read_bytes()[:8])

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from tiny import make_model, random_tensors, read_all, same, tiny_config
+from tiny import REST, make_model, random_tensors, read_all, same, tiny_config
 
 from visualbert import CheckpointError, get_backend
 from visualbert.checkpoint.flax_files import MsgpackFile, OrbaxFolder, write_msgpack
@@ -31,7 +31,7 @@ HEADS += [(a, "mlp") for a, head in VARIANTS["mlp"].items() if head]
 STRUCTURES = [(*head, late) for head in HEADS for late in (False, True)]
 CASES = [(*structure, DTYPES[i // 2 % 3]) for i, structure in enumerate(STRUCTURES)]
 CASES += [
-    pytest.param(*structure, DTYPES[(i // 2 + 1) % 3], marks=pytest.mark.slow)
+    pytest.param(*structure, DTYPES[(i // 2 + 1) % 3], marks=REST)
     for i, structure in enumerate(STRUCTURES)
 ]
 every_case = pytest.mark.parametrize(("architecture", "head", "late", "dtype"), CASES)

@@ -34,6 +34,7 @@ from native_helpers import (
     tiny_config,
     with_masked_row,
 )
+from tiny import REST
 
 import visualbert
 from visualbert.errors import InputError, UsageError
@@ -44,8 +45,8 @@ LOW = {"bfloat16": 0.25, "mixed_bfloat16": 0.25, "float16": 0.05, "mixed_float16
 
 
 def each(architectures, at_first):
-    """Parameters; those that are not in `at_first` are left to the slow run."""
-    return [pytest.param(x, marks=() if x in at_first else pytest.mark.slow) for x in architectures]
+    """Parameters; those that are not in `at_first` are the rest of a product."""
+    return [pytest.param(x, marks=() if x in at_first else REST) for x in architectures]
 
 
 # Tracing and compiling take most of the time: of what needs them, a few are enough at first.

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import BACKENDS, make_model, random_tensors, tiny_config
+from tiny import BACKENDS, REST, make_model, random_tensors, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import visualbert
@@ -488,8 +488,8 @@ def halves():
     """Every backend with every architecture; the ones that compile long are slow tests."""
     kinds = [*((architecture, HALVES) for architecture in ARCHITECTURES), (ANSWERING, SWAPPED)]
     for backend, (architecture, kind) in itertools.product(BACKENDS, kinds):
-        slow = backend != "pt" and architecture not in QUICK
-        yield pytest.param(backend, architecture, kind, marks=[pytest.mark.slow] * slow)
+        later = backend != "pt" and architecture not in QUICK
+        yield pytest.param(backend, architecture, kind, marks=REST if later else ())
 
 
 @pytest.mark.parametrize(("backend", "architecture", "kinds"), halves())

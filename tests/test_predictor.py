@@ -361,6 +361,17 @@ class TestModel:
             assert error(run(batch), before) == 0
             assert error(get_backend("pt").predictor(trained)(batch), before) > 0.01
 
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_torch_tensors_in_place_of_arrays(self, dtype):
+        torch = pytest.importorskip("torch")
+        batch = make_batch(ANSWERS, "right")
+        run = predictor("pt", ANSWERS, False, dtype)
+        tensors = {name: torch.as_tensor(x) for name, x in batch.items()}
+        kind = getattr(torch, dtype)
+        tensors["visual_embeds"] = tensors["visual_embeds"].to(kind).requires_grad_()
+        batch["visual_embeds"] = tensors["visual_embeds"].detach().float().numpy()
+        assert error(run(tensors), run(batch)) == 0
+
     def test_torch_lays_weights_out(self):
         """In float32, one product for query, key and value where all positions need them."""
         pytest.importorskip("torch")

@@ -1055,6 +1055,7 @@ def test_random_damage(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", FORMATS)
 def test_much_random_damage(kind, tmp_path):
     assert outcomes(kind, tmp_path / "x", 25_000)["refused"] > 8_000

@@ -47,11 +47,10 @@ def test_their_folder_loads_here(architecture, tmp_path):
         transformers.VisualBertConfig.from_dict(config.to_dict())
     ).eval()
     theirs.save_pretrained(tmp_path)
-    for backend in BACKENDS:
-        for dtype in TOLERANCES:
-            model = load(tmp_path, backend, dtype=dtype)
-            theirs = reference().load(tmp_path, architecture, dtype)
-            assert agree(backend, model, theirs, architecture, model.config, dtype) >= 3
+    for backend, dtype in (("pt", "float32"), *((x, "float64") for x in BACKENDS)):
+        model = load(tmp_path, backend, dtype=dtype)
+        theirs = reference().load(tmp_path, architecture, dtype)
+        assert agree(backend, model, theirs, architecture, model.config, dtype) >= 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@ ones.
 """
 
 import numpy as np
+import pytest
 
 from visualbert import VisualBertConfig, get_backend
 from visualbert.checkpoint.tensors import ArrayTensors
@@ -19,6 +20,8 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 36,
 }
+# Of the rest of a product of cases, whose first ones stand for it in CI.
+REST = (pytest.mark.slow, pytest.mark.exhaustive)
 
 
 def tiny_config(**changes):

@@ -49,9 +49,9 @@ __all__ = sorted([*_HOMES, "__version__"])  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        from visualbert.keywords import did_you_mean
+        from visualbert.errors import did_you_mean
 
-        way = did_you_mean(name, _HOMES, 0.8)
+        way = did_you_mean(name, _HOMES, cutoff=0.8)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{way}")
     home = _HOMES[name]
     extra = dict(_FRAMEWORKS.values()).get(home)

@@ -18,8 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from visualbert.errors import ConfigError
-from visualbert.keywords import check_source, did_you_mean, without_habits
+from visualbert.errors import ConfigError, did_you_mean
+from visualbert.keywords import check_source, without_habits
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "visual_bert"

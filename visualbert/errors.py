@@ -4,6 +4,8 @@ The command line catches `VisualBertError` alone, prints its text and exits with
 to say by itself what is wrong, where, what was expected, what was found, and the way out.
 """
 
+from collections.abc import Iterable
+
 
 class VisualBertError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -33,3 +35,16 @@ class HubError(VisualBertError, OSError):
 
 class UsageError(VisualBertError, ValueError):
     """An option or argument that means nothing here."""
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """The end of a sentence about an unknown word: which of the `known` ones, `most` at most, may
+    have been meant, if any.
+    """
+    import difflib
+
+    known = sorted(known)
+    close = [name for name in known if len(word) > 2 and word in name]
+    if not 0 < len(close) <= most:
+        close = difflib.get_close_matches(word, known, most, cutoff)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

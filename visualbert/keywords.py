@@ -4,12 +4,11 @@ A keyword that means here what it means there is taken, one that asks for nothin
 any other is refused with the way out.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from visualbert.errors import UsageError
+from visualbert.errors import UsageError, did_you_mean
 
 
 class _Refused(NamedTuple):
@@ -47,12 +46,6 @@ _REFUSED = {
 }
 
 
-def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """The end of a sentence about an unknown name: the nearest known one, or nothing."""
-    close = difflib.get_close_matches(name, sorted(known), 1, cutoff)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def without_habits(function: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """`keywords` without those of transformers' that ask for nothing here.
 
@@ -78,7 +71,7 @@ def check_keywords(function: str, keywords: Iterable[str], fields: set[str], own
     """
     known = own | {"torch_dtype", *_WITHOUT_EFFECT, *_REFUSED}
     for name in sorted(set(keywords) - fields):
-        way = did_you_mean(name, known, 0.8) or did_you_mean(name, fields, 0.5)
+        way = did_you_mean(name, known, cutoff=0.8) or did_you_mean(name, fields, cutoff=0.5)
         way = way or "; its other keywords are fields of VisualBertConfig"
         raise UsageError(f"{function}() takes no {name!r}{way}")
 

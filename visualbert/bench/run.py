@@ -90,7 +90,7 @@ class Settings:
             options=implementation.options,
             device=self.device,
             threads=self.threads,
-            calls=DEVICES[self.device].calls,
+            calls=DEVICES[self.device].calls_of(workload),
         )
 
 

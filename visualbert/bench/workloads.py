@@ -127,7 +127,8 @@ class Device(NamedTuple):
         workloads: measured if none are asked for.
         reference: the type that transformers computes in, whose speed is 1.
         batch: of what the workloads give as 16; the others in proportion, a single question aside.
-        calls: batches in a turn, of which the mean counts.
+        calls: batches in a turn, of which the mean counts; of a single question ten times as many,
+            as it comes after others like it.
     """
 
     dtypes: tuple[str, ...]
@@ -135,6 +136,10 @@ class Device(NamedTuple):
     reference: str
     batch: int
     calls: int
+
+    def calls_of(self, workload: Workload) -> int:
+        """Batches in a turn."""
+        return self.calls * (10 if workload.batch == 1 else 1)
 
 
 DEVICES = {

@@ -22,7 +22,7 @@ from visualbert.bench.workloads import (
     Implementation,
     Workload,
 )
-from visualbert.errors import MissingBackendError, UsageError
+from visualbert.errors import MissingBackendError, UsageError, did_you_mean
 
 
 def register(commands: Any) -> None:
@@ -192,11 +192,9 @@ def _implementations(args: argparse.Namespace) -> list[Implementation]:
 
 def _listed(text: str | None, option: str, known: Sequence[str]) -> list[str]:
     """The comma-separated names of an option."""
-    from visualbert.cli.parser import nearest
-
     names = list(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     for name in names:
         if name not in known:
-            hint = nearest(name, known)
+            hint = did_you_mean(name, known)
             raise UsageError(f"--{option} {name!r} is not one of {', '.join(known)}{hint}")
     return names

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from visualbert.errors import ConfigError, UsageError
+from visualbert.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,13 +47,12 @@ def add_source(parser: argparse.ArgumentParser, name: str = "path") -> None:
 
 
 def _architecture(name: str) -> str:
-    from visualbert.cli.parser import nearest
     from visualbert.schema import ARCHITECTURES, check_architecture
 
     try:
         return check_architecture(name)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(f"{error}{nearest(name, ARCHITECTURES)}") from None
+        raise argparse.ArgumentTypeError(f"{error}{did_you_mean(name, ARCHITECTURES)}") from None
 
 
 def open_any(args: argparse.Namespace) -> "Checkpoint":
@@ -72,7 +71,6 @@ def read_changes(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         UsageError: an entry has no `=`, or its key is no field of the configuration.
     """
-    from visualbert.cli.parser import nearest
     from visualbert.config import VisualBertConfig
 
     known = [f.name for f in dataclasses.fields(VisualBertConfig) if f.name != "extra"]
@@ -83,7 +81,7 @@ def read_changes(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"--set {entry!r} is not of the form KEY=VALUE")
         key = key.strip()
         if key not in known:
-            hint = nearest(key, known, 2, 0.5) or f"; it has {', '.join(known)}"
+            hint = did_you_mean(key, known, 2, 0.5) or f"; it has {', '.join(known)}"
             raise UsageError(f"--set {key}: the configuration has no such field{hint}")
         try:
             changes[key] = json.loads(text)

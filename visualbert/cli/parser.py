@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
 from typing import Any, NoReturn
+
+from visualbert.errors import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         options = [text.partition("=")[0] for text in rest if text.startswith("-")]
         if options:
-            hint = nearest(options[0], self._option_string_actions)
+            hint = did_you_mean(options[0], self._option_string_actions)
             self.error(f"there is no option {options[0]}{hint or '; --help lists them'}")
         if rest:
             self.error(f"{rest[0]!r} is one argument too many")
@@ -31,18 +32,7 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             name = "/".join(action.option_strings) or action.metavar
             choices = list(action.choices)
+            hint = did_you_mean(value, choices)
             raise argparse.ArgumentError(
-                None,
-                f"{name} {value!r} is not one of {', '.join(choices)}{nearest(value, choices)}",
+                None, f"{name} {value!r} is not one of {', '.join(choices)}{hint}"
             )
-
-
-def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
-    """The end of a sentence: which of the `known` words may have been meant, if any."""
-    import difflib
-
-    known = list(known)
-    close = [name for name in known if word in name]
-    if not 0 < len(close) <= most:
-        close = difflib.get_close_matches(word, known, most, cutoff)
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.nn import dot_product_attention, gelu, relu, silu
+from jax.nn import gelu, relu, silu
 
 from visualbert.config import VisualBertConfig, checked
 from visualbert.errors import UsageError
@@ -166,7 +166,6 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: VisualBertConfig, **kw: Any) -> None:
         self.num_heads = config.num_attention_heads
-        self.fused = config.attn_implementation != "eager"
         self.query = Linear(config.hidden_size, config.hidden_size, **kw)
         self.key = Linear(config.hidden_size, config.hidden_size, **kw)
         self.value = Linear(config.hidden_size, config.hidden_size, **kw)
@@ -177,11 +176,8 @@ class SelfAttention(nnx.Module):
         query, key, value = map(self.split_heads, self.project(hidden_states, chosen))
         if chosen is not None:
             visible = chosen.visible
-        # The fused form has no dropout, a float32 softmax, and no float16 on CPU and TPU under jit.
-        dropping = self.dropout.rate > 0 and not self.dropout.deterministic
-        plain = output_attentions or dropping or query.dtype in (jnp.float64, jnp.float16)
-        attend = self.plain_attention if plain or not self.fused else self.fused_attention
-        context, probs = attend(query, key, value, visible)
+        context, probs = self.plain_attention(query, key, value, visible)
+        probs = probs if output_attentions else None
         return context.reshape(*query.shape[:2], -1), probs  # B S H, B N S S
 
     def project(self, hidden_states, chosen):
@@ -199,21 +195,15 @@ class SelfAttention(nnx.Module):
     def split_heads(self, x):
         return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
 
-    def fused_attention(self, query, key, value, visible):
-        context = dot_product_attention(
-            query,
-            key,
-            value,
-            bias=None if visible is None else mask_bias(visible, query.dtype),
-        )
-        return context, None  # B S N D
-
     def plain_attention(self, query, key, value, visible):
-        scores = jnp.einsum("bqnd,bknd->bnqk", query, key) / math.sqrt(query.shape[-1])
+        # XLA multiplies on a CPU half as fast again in these layouts.
+        query, key, value = query.swapaxes(1, 2), key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+        wide = jnp.float32 if query.dtype == jnp.bfloat16 else query.dtype
+        scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(query.shape[-1])
         if visible is not None:
             scores = scores + mask_bias(visible, scores.dtype)
-        probs = jax.nn.softmax(scores, axis=-1)
-        return jnp.einsum("bnqk,bknd->bqnd", self.dropout(probs), value), probs
+        probs = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        return (self.dropout(probs) @ value).swapaxes(1, 2), probs
 
 
 class SelfOutput(nnx.Module):

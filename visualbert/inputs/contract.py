@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from visualbert.config import VisualBertConfig
-from visualbert.errors import InputError
-from visualbert.keywords import did_you_mean
+from visualbert.errors import InputError, did_you_mean
 from visualbert.packing import Packing
 
 # Axes: B batch, C choices, T text tokens, V regions, S = T + V, H hidden, F visual features,

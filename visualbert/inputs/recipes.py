@@ -10,8 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from visualbert.errors import ConfigError, UsageError
-from visualbert.keywords import did_you_mean
+from visualbert.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from visualbert.config import VisualBertConfig

@@ -1,7 +1,5 @@
 """Arrays between numpy and PyTorch, sharing memory where they can."""
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import torch
@@ -23,10 +21,3 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def as_torch(x: Any, device: torch.device) -> Any:
-    """An array of numpy or PyTorch as a tensor on `device`; anything else as it is."""
-    if isinstance(x, np.ndarray):
-        x = from_numpy(x)
-    return x.to(device) if isinstance(x, torch.Tensor) else x

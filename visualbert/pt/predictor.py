@@ -59,7 +59,8 @@ class Predictor:
         self.graphs = Graphs(run, CudaRecorder(self.device)) if on_gpu else None
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        batch = check_batch(self.config, self.architecture, inputs)
+        given = {name: to_numpy(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        batch = check_batch(self.config, self.architecture, given)
         small = "packing" not in batch and count_positions(batch) <= GRAPH_POSITIONS
         call = self.graphs if small else None
         fitted = self.planned(batch) if call is None else self.buckets.fit(batch)

@@ -22,7 +22,7 @@ from keras import ops
 from tensorflow import Tensor as Array
 
 from visualbert.config import SETTINGS, VisualBertConfig, checked
-from visualbert.errors import InputError, UsageError
+from visualbert.errors import InputError, UsageError, did_you_mean
 from visualbert.inputs.contract import (
     check_answer_position,
     check_arrays,
@@ -32,7 +32,6 @@ from visualbert.inputs.contract import (
     is_floating,
     require,
 )
-from visualbert.keywords import did_you_mean
 from visualbert.outputs import ModelOutput, model_output
 from visualbert.packing import (
     LEAST_SAVED,
