@@ -6,7 +6,6 @@ nothing but the time; and JAX finds on disk what it has compiled before.
 import copy
 import gc
 import io
-import itertools
 import re
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from native_helpers import (
     tiny_config,
 )
 from packing_helpers import error, plan, real
+from tiny import REST
 from torch.export import Dim
 
 import visualbert
@@ -138,17 +138,18 @@ def loss_and_gradients(model, inputs):
 
 
 def some(*at_first):
-    """Every kind of input with two architectures and every architecture with two kinds; those that
-    are not in `at_first` wait for the slow run.
+    """Every kind of input with two architectures and every architecture with two kinds, `at_first`
+    before the slow run and the second ones not in CI.
     """
     kinds = ("padded", "packed", "packed, late", "shared", "packed, shared", "bare")
     turned = (*ARCHITECTURES[3:], *ARCHITECTURES[:3])
-    rows = [*at_first, *zip(ARCHITECTURES, kinds, strict=True), *zip(turned, kinds, strict=True)]
-    rows += [(PRETRAINING, "sparse"), (PRETRAINING, "packed, sparse"), (BODY, "positions")]
-    rows = dict.fromkeys([*rows, (BODY, "packed, positions")])
+    rows = [(PRETRAINING, "sparse"), (PRETRAINING, "packed, sparse"), (BODY, "packed, positions")]
+    rows += zip(ARCHITECTURES, kinds, strict=True)
+    marks = dict.fromkeys(zip(turned, kinds, strict=True), REST)
+    marks |= dict.fromkeys(rows, (pytest.mark.slow,)) | dict.fromkeys(at_first, ())
     return pytest.mark.parametrize(
         ("architecture", "kind"),
-        [pytest.param(*r, marks=() if r in at_first else pytest.mark.slow) for r in rows],
+        [pytest.param(*row, marks=chosen) for row, chosen in marks.items()],
     )
 
 
@@ -231,9 +232,12 @@ class TestCompile:
             largest(found, loss_and_gradients(build(ANSWERS, kind, seed=1).train(), padded)) > 0.1
         )
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("architecture", "kind"), zip(ARCHITECTURES, itertools.cycle(["padded", "packed"]))
+        ("architecture", "kind"),
+        [
+            pytest.param(x, ("padded", "packed")[n % 2], marks=pytest.mark.slow if n < 3 else REST)
+            for n, x in enumerate(ARCHITECTURES)
+        ],
     )
     def test_inductor_equals_eager(self, architecture, kind, compiler):
         model, other = (build(architecture, kind, seed, torch.float32) for seed in (0, 1))

@@ -160,7 +160,7 @@ class TestFit:
         assert after < 0.97 * before
         assert after == pytest.approx(mean_loss(model, inputs), rel=1e-4)
 
-    @pytest.mark.parametrize("xla", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("xla", [False, pytest.param(True, marks=REST)])
     def test_from_a_dataset_with_validation_and_checkpoints(self, xla):
         model = build(ANSWERS, **DROPOUT)
         model.gradient_checkpointing_enable()
