@@ -23,7 +23,7 @@ check: .venv/installed
 	$(BIN)/python tools/check_parallel.py
 
 bench: .venv/installed
-	$(BIN)/visualbert bench --runs 9 --dtype float32,bfloat16,int8 \
+	$(BIN)/visualbert bench --runs 7 --dtype float32,bfloat16,int8 \
 		--json docs/performance.json --plot docs/performance.png
 
 bench-sweep: .venv/installed
