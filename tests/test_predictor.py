@@ -224,13 +224,20 @@ class TestShapes:
             assert error(run(batch), expected(backend, BODY, batch)) < EXACT
         assert run.compilations == 1
 
-    def test_tensorflow_traces_hardly_ever(self):
+    def test_tensorflow_traces_twice_for_a_kind_of_batch(self):
+        """With sizes that change one after the other, too; packed, and without padding."""
         run = get_backend("tf").predictor(model("tf", BODY))
         rng = np.random.default_rng(0)
-        for _ in range(100):
-            size = rng.integers(1, 7), rng.integers(2, 37), rng.integers(2, 20)
-            run(self.ragged(rng, size))
-        assert run.compilations <= 4, run.compilations
+        sizes = [(1, 9, 5), (2, 9, 5), (4, 9, 5), (4, 12, 5), (4, 12, 8), (1, 12, 8)]
+        sizes += rng.integers((1, 2, 2), (7, 37, 20), (40, 3)).tolist()
+        for size in sizes:
+            batch = self.ragged(rng, size)
+            assert far_apart(run(batch), expected("tf", BODY, batch), batch) < EXACT
+            full = {k: np.ones_like(x) if "mask" in k else x for k, x in batch.items()}
+            assert error(run(full), expected("tf", BODY, full)) < EXACT
+            run({k: x for k, x in batch.items() if "mask" not in k})
+        assert run.compilations <= 6, run.compilations
+        assert run.run.experimental_get_tracing_count() == run.compilations
 
     def test_flax_compiles_as_often_as_there_are_shapes(self):
         run, seen = get_backend("flax").predictor(model("flax", BODY)), set()
@@ -430,15 +437,19 @@ WRONG = {
 
 
 class TestErrors:
+    @staticmethod
+    def refused_alike(backend, architecture, fault):
+        batch = {**make_batch(architecture, "right"), **fault}
+        with pytest.raises(InputError) as of_model:
+            expected(backend, architecture, batch)
+        with pytest.raises(InputError) as of_predictor:
+            predictor(backend, architecture)(batch)
+        assert str(of_predictor.value) == str(of_model.value)
+
     @each_backend
     @pytest.mark.parametrize("fault", WRONG)
     def test_in_the_words_of_the_model(self, backend, fault):
-        batch = {**make_batch(BODY, "right"), **WRONG[fault]}
-        with pytest.raises(InputError) as of_model:
-            expected(backend, BODY, batch)
-        with pytest.raises(InputError) as of_predictor:
-            predictor(backend, BODY)(batch)
-        assert str(of_predictor.value) == str(of_model.value)
+        self.refused_alike(backend, BODY, WRONG[fault])
 
     @each_backend
     def test_of_heads(self, backend):
@@ -449,12 +460,7 @@ class TestErrors:
             PHRASES: {"region_to_phrase_position": np.full((B, 2), T + V)},
         }
         for architecture, fault in faults.items():
-            batch = {**make_batch(architecture, "right"), **fault}
-            with pytest.raises(InputError) as of_model:
-                expected(backend, architecture, batch)
-            with pytest.raises(InputError) as of_predictor:
-                predictor(backend, architecture)(batch)
-            assert str(of_predictor.value) == str(of_model.value)
+            self.refused_alike(backend, architecture, fault)
 
     @each_backend
     def test_unknown_names(self, backend):

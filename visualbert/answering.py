@@ -288,7 +288,7 @@ class QuestionAnswering:
             )
 
     def _run(self, inputs: dict[str, np.ndarray], attentions: bool) -> Mapping[str, np.ndarray]:
-        if attentions:  # asked for now and then, and not worth the weights of a second predictor
+        if attentions:  # which predictors do not have without weights of their own for them
             return self._backend.call(self.model, {**inputs, "output_attentions": True})
         if self._predictor is None:
             self._predictor = self._backend.predictor(self.model)

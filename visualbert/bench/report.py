@@ -186,7 +186,7 @@ def show_sweep(sweep: Sweep, out: Any) -> None:
     _show_failed(sweep.rows, out)
 
 
-def results_as_json(found: Mapping[str, Any], results: Sequence[Result]) -> dict[str, Any]:
+def results_as_json(results: Sequence[Result]) -> dict[str, Any]:
     """Every figure, turn by turn, and what the tables show."""
     workloads = {
         result.workload.name: {
@@ -202,7 +202,7 @@ def results_as_json(found: Mapping[str, Any], results: Sequence[Result]) -> dict
     }
     devices = [result.device for result in results if result.device]
     named = {"accelerator": devices[0]} if devices else {}
-    return {"machine": {**found, **named}, "reference": REFERENCE, "workloads": workloads}
+    return {**named, "reference": REFERENCE, "workloads": workloads}
 
 
 def _sizes(workload: Workload) -> dict[str, Any]:
@@ -235,10 +235,9 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
     }
 
 
-def sweep_as_json(found: Mapping[str, Any], sweep: Sweep) -> dict[str, Any]:
+def sweep_as_json(sweep: Sweep) -> dict[str, Any]:
     """Every point."""
     return {
-        "machine": dict(found),
         "failed": {row.implementation.name: row.failed for row in sweep.rows if row.failed},
         "points": [
             {

@@ -7,6 +7,7 @@ import json
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, write, and return 1 if an implementation gives other numbers."""
     _check_options(args)
     workloads, chosen = _workloads(args), _implementations(args)
+    from visualbert.bench.report import machine, show_machine
     from visualbert.bench.run import Different, Settings
     from visualbert.cli.common import console, step_progress
 
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         settings = Settings(Path(folder), SIZES[args.size], args.device, args.threads, args.runs)
         measure = _sweep if args.sweep else _measure
+        found = machine(settings)
+        show_machine(found, out)
         try:
             with step_progress("bench") as progress:
                 values, draw = measure(workloads, chosen, settings, progress, out)
@@ -70,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
             out.print(f"[bold red]{error}[/bold red]", soft_wrap=True)
             return 1
     if args.json:
-        Path(args.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"machine": found, **values}, indent=1)
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
     if args.plot:
         from visualbert.explain.style import save_picture
 
@@ -96,23 +101,16 @@ def _measure(
     out: Any,
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
     """The table, workload by workload: its JSON, and how to draw it."""
-    from visualbert.bench.report import machine, results_as_json, show_machine, show_result
+    from visualbert.bench.plot import ratios_figure
+    from visualbert.bench.report import results_as_json, show_result
     from visualbert.bench.run import measure
 
-    found = machine(settings)
-    show_machine(found, out)
     results = []
     for workload in workloads:
         able = [x for x in chosen if workload.kind in x.kinds]
         results.append(measure(workload, able, settings, progress))
         show_result(results[-1], out)
-
-    def draw() -> Any:
-        from visualbert.bench.plot import ratios_figure
-
-        return ratios_figure(results)
-
-    return results_as_json(found, results), draw
+    return results_as_json(results), partial(ratios_figure, results)
 
 
 def _sweep(
@@ -123,20 +121,13 @@ def _sweep(
     out: Any,
 ) -> tuple[dict[str, Any], Callable[[], Any]]:
     """The same of the sweep."""
-    from visualbert.bench.report import machine, show_machine, show_sweep, sweep_as_json
+    from visualbert.bench.plot import sweep_figure
+    from visualbert.bench.report import show_sweep, sweep_as_json
     from visualbert.bench.sweep import run_sweep
 
-    found = machine(settings)
-    show_machine(found, out)
     sweep = run_sweep(chosen, workloads, settings, progress)
     show_sweep(sweep, out)
-
-    def draw() -> Any:
-        from visualbert.bench.plot import sweep_figure
-
-        return sweep_figure(sweep)
-
-    return sweep_as_json(found, sweep), draw
+    return sweep_as_json(sweep), partial(sweep_figure, sweep)
 
 
 def _check_options(args: argparse.Namespace) -> None:

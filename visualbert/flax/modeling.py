@@ -196,7 +196,7 @@ class SelfAttention(nnx.Module):
         return x.reshape(*x.shape[:2], self.num_heads, -1)  # B S N D
 
     def plain_attention(self, query, key, value, visible):
-        # XLA multiplies on a CPU half as fast again in these layouts.
+        # The layouts in which XLA multiplies quickest on a CPU.
         query, key, value = query.swapaxes(1, 2), key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
         wide = jnp.float32 if query.dtype == jnp.bfloat16 else query.dtype
         scores = jnp.matmul(query, key, preferred_element_type=wide) / math.sqrt(query.shape[-1])
