@@ -176,7 +176,7 @@ class QuestionAnswering:
     def __init__(self, model: Any, processor: VisualBertProcessor, answers: Sequence[str]) -> None:
         self.model, self.processor, self.answers = model, processor, tuple(answers)
         self._backend = get_backend(model.framework)
-        self._predictor: Any = None
+        self._predictors: dict[bool, Any] = {}
         self._given = np.array([word not in _NO_ANSWERS for word in self.answers])
 
     def __call__(
@@ -288,11 +288,10 @@ class QuestionAnswering:
             )
 
     def _run(self, inputs: dict[str, np.ndarray], attentions: bool) -> Mapping[str, np.ndarray]:
-        if attentions:  # which predictors do not have without weights of their own for them
-            return self._backend.call(self.model, {**inputs, "output_attentions": True})
-        if self._predictor is None:
-            self._predictor = self._backend.predictor(self.model)
-        return self._predictor(inputs)
+        if attentions not in self._predictors:
+            options = {"output_attentions": True} if attentions else {}
+            self._predictors[attentions] = self._backend.predictor(self.model, **options)
+        return self._predictors[attentions](inputs)
 
     def stream(
         self, items: Iterable[tuple[str, Any]], *, top: int = 5, batch_size: int = 32
