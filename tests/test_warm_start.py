@@ -448,3 +448,18 @@ def test_a_real_bert(backend):
     assert list(checkpoint.tensors.derived) == short[:2]
     assert list(checkpoint.tensors.fresh) == short[2:]
     assert checkpoint.notes["not needed"] == ("embeddings.position_ids",)
+
+
+@pytest.mark.slow
+def test_the_demo_compares_with_bert(tmp_path, monkeypatch):
+    """On batches with padding, which is packed away; with another BERT's weights it says so."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+    import demo
+
+    body = ["--architecture", BODY, "--visual-embedding-dim", "2048"]
+    assert main(["convert", str(minilm()), str(tmp_path / "x"), *body]) == 0
+    assert demo.compare_with_bert(minilm(), tmp_path / "x")
+    other = load(tmp_path / "x", "pt")
+    other.embeddings.LayerNorm.bias.data += 0.01
+    other.save_pretrained(tmp_path / "other")
+    assert not demo.compare_with_bert(minilm(), tmp_path / "other")
