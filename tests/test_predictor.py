@@ -33,7 +33,7 @@ from tiny import make_model
 
 from visualbert import InputError, VisualBertConfig, get_backend
 from visualbert.buckets import EXACT as KEPT
-from visualbert.buckets import Buckets
+from visualbert.buckets import SLACK, Buckets, Shape
 from visualbert.inputs.contract import check_batch
 from visualbert.schema import ARCHITECTURES
 
@@ -183,10 +183,10 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("sizes", "most"),
         [
-            (lambda rng: (16, 24, 100), 14),
-            (lambda rng: (16, rng.integers(12, 25), rng.integers(60, 101)), 24),
-            (lambda rng: (1, rng.integers(4, 41), rng.integers(10, 101)), 16),
-            (lambda rng: (rng.integers(1, 33), rng.integers(4, 41), rng.integers(10, 101)), 85),
+            (lambda rng: (16, 24, 100), 6),
+            (lambda rng: (16, rng.integers(12, 25), rng.integers(60, 101)), 8),
+            (lambda rng: (1, rng.integers(4, 41), rng.integers(10, 101)), 6),
+            (lambda rng: (rng.integers(1, 33), rng.integers(4, 41), rng.integers(10, 101)), 23),
         ],
         ids=["one size", "padded to the longest", "single questions", "any size"],
     )
@@ -200,6 +200,28 @@ class TestShapes:
                 batch = check_batch(config, BODY, self.ragged(rng, sizes(rng)))
                 shapes.add(self.key(buckets.fit(batch)))
             assert len(shapes) <= most, f"{len(shapes)} shapes"
+
+    @pytest.mark.parametrize("packs", [True, False], ids=["packed", "padded"])
+    @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+    def test_a_shape_costs_little_more_than_one_of_its_own(self, packs, late):
+        """And what is packed is what there is to see."""
+        config = VisualBertConfig(visual_embedding_dim=20, bypass_transformer=late)
+        buckets, rng, costs = Buckets(BODY, config, packs=packs), np.random.default_rng(0), []
+        for _ in range(60):
+            size = rng.integers((1, 4, 10), (33, 41, 101))
+            batch = check_batch(config, BODY, self.ragged(rng, size))
+            found = [x.fit(batch) for x in (buckets, Buckets(BODY, config, packs=packs))]
+            shapes = [Shape(x.after, rows_of(x)) for x in found]
+            costs.append([buckets._cost(shape) for shape in shapes])
+            packing = found[0].inputs.get("packing")
+            assert packs or packing is None
+            if packing is not None:
+                visible = plan(found[0].inputs, allow_empty=True).places >= 0
+                assert ((packing.places >= 0) == visible).all()
+                sources = np.sort(packing.source[packing.source >= 0])
+                assert (sources == np.flatnonzero(visible)).all()
+        shared, own = np.array(costs).T
+        assert (shared <= SLACK * own).all() and (shared > 1.05 * own).any()
 
     def test_the_first_shapes_without_padding_are_kept(self):
         config, rng = VisualBertConfig(visual_embedding_dim=20), np.random.default_rng(0)
@@ -248,6 +270,12 @@ class TestShapes:
             seen.add(self.key(buckets.fit(check_batch(run.config, BODY, batch))))
             run(batch)
         assert run.compilations == len(seen) <= 2
+
+
+def rows_of(fitted):
+    packing = fitted.inputs.get("packing")
+    plans = [] if packing is None else [x for x in (packing, packing.text) if x is not None]
+    return tuple(x.source.shape for x in plans)
 
 
 def unusual_batches():

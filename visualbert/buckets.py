@@ -2,24 +2,53 @@
 are, axes are rounded up, and what comes out is cut back.
 
 The first shapes that a predictor sees are kept exactly, so that a program whose batches all look
-alike loses nothing; after that, axes come in steps.
+alike loses nothing. After that, a batch takes the cheapest shape that an earlier one had if that
+costs at most a quarter more than a shape of its own.
 """
 
-from collections.abc import Mapping
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from visualbert.config import VisualBertConfig
 from visualbert.inputs.contract import BODY_INPUTS, INPUTS
-from visualbert.packing import LEAST_SAVED, Packing, plan_packing, round_up, saved
+from visualbert.packing import (
+    LEAST_SAVED,
+    Packing,
+    best_rows,
+    cost_of_rows,
+    flat_masks,
+    joint_visibility,
+    lay_out,
+    round_up,
+    rows_needed,
+)
 
 EXACT = 4  # shapes that are kept
+SLACK = 1.25  # what a shape may cost that need not be compiled, relative to one of a batch's own
 _STEPS = {"T": 32, "V": 32, "I": 8, "E": 8, "A": 8}
 _NO_LIMIT = 2**31
 _FILL = {"image_text_alignment": -1, "region_to_phrase_position": -1}
 _POSITIONS = ("positions", "region_to_phrase_position")  # in text and regions
 _OF_TEXTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+# Of a padded position beside one that is computed on, at base size: moving its features, and the
+# words that pretraining predicts there.
+_PADDED, _PREDICTED = 0.003, 0.3
+
+
+class Shape(NamedTuple):
+    """What is compiled for.
+
+    Args:
+        sizes: of the axes, by letter.
+        rows: (R, L) of a packing and, with late fusion, of the text alone; none without a packing.
+    """
+
+    sizes: dict[str, int]
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 class Fitted(NamedTuple):
@@ -43,7 +72,11 @@ class Buckets:
         self.table = {**BODY_INPUTS, **INPUTS[architecture]}
         self.config = config
         self.packs = packs and config.packing != "never"
+        self.late = config.bypass_transformer
+        predicts = architecture == "VisualBertForPreTraining"
+        self.padded = _PREDICTED if predicts else _PADDED
         self.exact: set[Any] = set()
+        self.known: dict[Any, list[Shape]] = defaultdict(list)
 
     def fit(self, inputs: Mapping[str, Any]) -> Fitted:
         """A batch in a shape that was seen, or in a bucket; with a packing where one saves work."""
@@ -61,12 +94,14 @@ class Buckets:
         masks = [arrays.pop(f"{kind}attention_mask", None) for kind in ("", "visual_")]
         if all(mask is None or mask.all() for mask in masks) and self._kept(arrays):
             return Fitted(arrays, before, before)
-        after = {axis: self._rounded(axis, size) for axis, size in before.items()}
-        filled = self._filled(_with_masks(arrays, masks), before, after)
-        packing = self._plan(filled)
-        if packing is not None:
-            filled["packing"] = packing
-        return Fitted(filled, before, after)
+        arrays = _with_masks(arrays, masks)
+        shape = self._shape(arrays, before)
+        filled = self._filled(arrays, before, shape.sizes)
+        if shape.rows:
+            planned = zip(self._visible(filled), shape.rows, strict=True)
+            joint, *text = [Packing(*lay_out(visible, rows)) for visible, rows in planned]
+            filled["packing"] = joint._replace(text=text[0]) if text else joint
+        return Fitted(filled, before, shape.sizes)
 
     def cut(self, outputs: Mapping[str, np.ndarray], fitted: Fitted) -> dict[str, np.ndarray]:
         """What came out for `fitted`, as if the batch had been run as it was."""
@@ -120,6 +155,46 @@ class Buckets:
             self.exact.add(key)
         return key in self.exact
 
+    def _shape(self, arrays: Mapping[str, np.ndarray], before: dict[str, int]) -> Shape:
+        """One that has room for a batch: a known one, or else a new one, which may leave as much
+        room around the rows as any other has.
+        """
+        lengths = [visible.sum(1) for visible in self._visible(arrays)] if self.packs else []
+        rounded = {axis: self._rounded(axis, size) for axis, size in before.items()}
+        own = Shape(rounded)
+        if lengths:
+            own = min(own, Shape(rounded, tuple(map(best_rows, lengths))), key=self._cost)
+        most = SLACK * self._cost(own)
+        kind = before.get("C"), *((name, x.dtype) for name, x in sorted(arrays.items()))
+        known = self.known[kind]
+        for shape in known:  # the cheapest first
+            if self._cost(shape) <= most and _holds(shape, before, lengths):
+                return shape
+        room = {
+            axis: max([size, *(x.sizes[axis] for x in known)]) for axis, size in rounded.items()
+        }
+        if self._cost(own._replace(sizes=room)) <= most:
+            own = own._replace(sizes=room)
+        insort(known, own, key=self._cost)
+        return own
+
+    def _cost(self, shape: Shape) -> float:
+        """Of running a batch in a shape, in positions."""
+        examples = shape.sizes["B"] * shape.sizes.get("C", 1)
+        text, length = shape.sizes["T"], shape.sizes["T"] + shape.sizes.get("V", 0)
+        late = self.late and "V" in shape.sizes
+        padded = [(examples, length), (examples, text)][: 1 + late]
+        computed = sum(cost_of_rows(*rows) for rows in shape.rows or padded)
+        return computed * (1 + LEAST_SAVED * bool(shape.rows)) + self.padded * examples * length
+
+    def _visible(self, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """(B, S), true where there is something; with late fusion also (B, T)."""
+        text, regions, index = flat_masks(
+            arrays["attention_mask"], arrays.get("visual_attention_mask"), arrays.get("image_index")
+        )
+        joint = joint_visibility(text, regions, index)
+        return [joint, text] if self.late and regions is not None else [joint]
+
     def _filled(
         self, arrays: Mapping[str, np.ndarray], before: dict[str, int], after: dict[str, int]
     ) -> dict[str, Any]:
@@ -136,19 +211,13 @@ class Buckets:
             found[name] = np.pad(x, room, constant_values=_FILL.get(name, 0))
         return found
 
-    def _plan(self, filled: Mapping[str, Any]) -> Packing | None:
-        """The rows of a batch, where they save work."""
-        if not self.packs:
-            return None
-        regions = filled.get("visual_attention_mask")
-        packing = plan_packing(
-            filled["attention_mask"],
-            regions,
-            image_index=filled.get("image_index"),
-            late_fusion=self.config.bypass_transformer and regions is not None,
-            allow_empty=True,
-        )
-        return packing if saved(packing) >= LEAST_SAVED else None
+
+def _holds(shape: Shape, sizes: Mapping[str, int], lengths: Sequence[np.ndarray]) -> bool:
+    """Whether a batch of such sizes, with examples of such lengths, has room in a shape."""
+    return all(size <= shape.sizes[axis] for axis, size in sizes.items()) and all(
+        found.max() <= length and rows_needed(found, length) <= count
+        for found, (count, length) in zip(lengths, shape.rows, strict=False)
+    )
 
 
 def _with_masks(

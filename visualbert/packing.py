@@ -124,7 +124,7 @@ def check_plannable(
     Raises:
         InputError: the first that does not fit.
     """
-    if step is not None and (not isinstance(step, int) or step < 1):
+    if step is not None and (not isinstance(step, int | np.integer) or step < 1):
         raise InputError(f"step is {step!r}, expected a whole number from 1, or None for one row")
     shape = np.shape(text)
     if len(shape) not in (2, 3) or 0 in shape:
@@ -230,13 +230,47 @@ def round_up(size: int, step: int) -> int:
     return -(-size // step) * step
 
 
+def rows_needed(lengths: np.ndarray, length: int) -> int:
+    """How many rows of `length` hold examples of these lengths, none of which is longer."""
+    return _best_fit(lengths, length)[2]
+
+
+def best_rows(lengths: np.ndarray, step: int = STEP) -> tuple[int, int]:
+    """(R, L) of the cheapest rows that hold examples of these lengths."""
+    candidates = _row_lengths(max(int(lengths.max()), 1), step)
+    return min(((rows_needed(lengths, x), x) for x in candidates), key=lambda x: cost_of_rows(*x))
+
+
+def cost_of_rows(count: int, length: int) -> float:
+    """Of computing on rows, in positions; attention beside the rest at base size."""
+    return count * length * (1 + length / 4608)
+
+
+def lay_out(visible: np.ndarray, rows: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """`source` and `places` of a `Packing` into so many rows of such a length.
+
+    Args:
+        visible: (B, S), true where there is something.
+        rows: (R, L), which hold it.
+    """
+    row, start, _ = _best_fit(visible.sum(1), rows[1])
+    return _placed(visible, row, start, rows)
+
+
 def _rows(visible: np.ndarray, step: int | None) -> tuple[np.ndarray, np.ndarray]:
     """`source` and `places` of the cheapest layout."""
     lengths = visible.sum(1)
-    if step is None:
-        row, start, shape = np.zeros_like(lengths), np.cumsum(lengths) - lengths, (1, lengths.sum())
-    else:
-        row, start, shape = _fill(lengths, _row_lengths(max(int(lengths.max()), 1), step))
+    if step is not None:
+        return lay_out(visible, best_rows(lengths, step))
+    start = np.cumsum(lengths) - lengths
+    return _placed(visible, np.zeros_like(lengths), start, (1, int(lengths.sum())))
+
+
+def _placed(
+    visible: np.ndarray, row: np.ndarray, start: np.ndarray, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`source` and `places`, with every example in its row from its start on."""
+    lengths = visible.sum(1)
     example, position = np.nonzero(visible)
     within = np.arange(example.size) - (np.cumsum(lengths) - lengths)[example]
     target = row[example] * shape[1] + start[example] + within
@@ -253,19 +287,6 @@ def _row_lengths(longest: int, step: int) -> Iterable[int]:
     if step == 1:
         return range(first, 2 * first + 1, max(first // 8, 1))
     return first, first + step, first + 2 * step
-
-
-def _fill(
-    lengths: np.ndarray, candidates: Iterable[int]
-) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Row and start of every example, and (R, L), for the cheapest of the candidates for L."""
-    best: Any = None
-    for length in candidates:
-        row, start, count = _best_fit(lengths, length)
-        cost = count * length * (1 + length / 4608)  # attention beside the rest, at base size
-        if best is None or cost < best[0]:
-            best = cost, row, start, (count, length)
-    return best[1:]
 
 
 def _best_fit(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, int]:
