@@ -464,7 +464,7 @@ def test_the_command_draws_a_sweep(run, monkeypatch, tmp_path):
         "bench", "--size", "tiny", "--sweep", "--backend", "pt", "--json", values, "--plot", picture
     )
     assert status == 0, err
-    assert "µs a real token" in out
+    assert "µs a real token" in out and "1.00 (1.00–1.00)" in out  # of the reference
     assert json.loads(values.read_text())["points"][0]["real_tokens"] == 56
     assert "first call" in picture.read_text() and "pt float32" in picture.read_text()
 

@@ -11,17 +11,15 @@ import io
 import json
 import os
 import random
-import select
 import shutil
 import struct
-import subprocess
-import sys
 import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from opener import Opener
 from tiny import random_tensors, tiny_config
 
 from visualbert import VisualBertError
@@ -37,13 +35,13 @@ from visualbert.schema import parameters
 CHOICE = "VisualBertForMultipleChoice"
 CONFIG = tiny_config(num_labels=2, architectures=(CHOICE,), num_hidden_layers=1)
 PARAMS = parameters(CHOICE, CONFIG)
-SECONDS = 5  # of the processor; of the clock, which other processes share, four times as many
+SECONDS = 5  # of the processor
 MEGABYTES = 300  # that opening and reading may add to a process of about as many
 
 WORKER = """
-import hashlib, json, os, resource, signal, sys, time
+import hashlib, os, resource, signal
 from pathlib import Path
-from visualbert import VisualBertConfig, VisualBertError
+from visualbert import VisualBertConfig
 from visualbert.checkpoint import archives, flax_files, keras_files, read, tf_bundle, torch_files
 from visualbert.checkpoint.open import open_checkpoint
 from visualbert.config import read_json_object
@@ -79,61 +77,32 @@ def digest(found):
         for name, a in arrays.items()
     }
 
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+def attempt(request):
+    reader, path = request
+    return {"outcome": "loaded", "text": "", "digest": digest(READERS[reader](Path(path)))}
 
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-print("ready", flush=True)
-for line in sys.stdin:
-    reader, path = json.loads(line)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, started = peak(), time.process_time()
-    try:
-        answer = {"outcome": "loaded", "text": "", "digest": digest(READERS[reader](Path(path)))}
-    except VisualBertError as error:
-        answer = {"outcome": "refused", "text": str(error)}
-    except BaseException as error:
-        answer = {"outcome": repr(error)[:500], "text": ""}
-    answer |= {"seconds": time.process_time() - started, "megabytes": (peak() - before) / 1024}
-    print(json.dumps(answer), flush=True)
 """
 
 
 class Worker:
-    """The process that opens what the tests give it."""
+    """The process that opens what the tests give it, and may leave no file."""
 
     def __init__(self, folder):
-        self.folder = folder
         self.temporary = folder / "temporary"
         self.temporary.mkdir()
-        self.start()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=self.folder,
+        self.opener = Opener(
+            WORKER,
+            "loaded",
+            seconds=SECONDS,
+            megabytes=MEGABYTES,
+            cwd=folder,
             env={**os.environ, "TMPDIR": str(self.temporary)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
         )
-        assert self.process.stdout.readline() == b"ready\n"
 
     def open(self, reader, path):
         """What came of it: "loaded" or "refused", the text, and a digest of every tensor."""
-        process = self.process
-        process.stdin.write(json.dumps([reader, str(path)]).encode() + b"\n")
-        process.stdin.flush()
-        answered = select.select([process.stdout], [], [], 4 * SECONDS)[0]
-        line = process.stdout.readline() if answered else b""
-        if not line:
-            process.kill()
-            code = process.wait()
-            self.start()
-            pytest.fail(f"{reader} {'crashed' if answered else 'hangs'} on {path} ({code})")
-        answer = json.loads(line)
-        assert answer["outcome"] in ("loaded", "refused"), answer["outcome"]
-        assert answer["seconds"] < SECONDS and answer["megabytes"] < MEGABYTES, answer
+        answer = self.opener.ask([reader, str(path)], f"{path} ({reader})")
         text = answer["text"]
         assert text.isprintable() and len(text) < 700 + 3 * len(str(path)), text
         assert os.listdir(self.temporary) == []
@@ -152,11 +121,11 @@ class Worker:
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory):
-    made = Worker(tmp_path_factory.mktemp("worker"))
+    folder = tmp_path_factory.mktemp("worker")
+    made = Worker(folder)
     yield made
-    made.process.kill()
-    made.process.wait()
-    assert os.listdir(made.folder) == ["temporary"]
+    made.opener.stop()
+    assert os.listdir(folder) == ["temporary"]
 
 
 def random_arrays():
@@ -1396,7 +1365,7 @@ def test_seeds_of_the_fuzzers(target, fuzzers, tmp_path):
 
 def test_the_worker_notices(worker, originals, tmp_path):
     """What the other tests rely on: a crash, an error of another class, a file, and memory."""
-    with pytest.raises(pytest.fail.Exception, match="a crash crashed on"):
+    with pytest.raises(pytest.fail.Exception, match=r"crashed on .* \(a crash\)"):
         worker.open("a crash", tmp_path)
     with pytest.raises(AssertionError, match="KeyError"):
         worker.open("another error", tmp_path)

@@ -252,21 +252,25 @@ class TestGradients:
         assert largest(values(jax.grad(functional)(params)), expected) < 1e-4
 
 
+def losses_of(model, inputs, steps):
+    """The loss before each step of Adam, in training mode."""
+    optax = pytest.importorskip("optax")
+    model.train()
+    optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, gradients = nnx.value_and_grad(loss)(model, inputs)
+        optimizer.update(model, gradients)
+        return value
+
+    return [float(step(model, optimizer)) for _ in range(steps)]
+
+
 class TestTraining:
     @first_head
     def test_optax_makes_the_loss_fall(self, architecture):
-        optax = pytest.importorskip("optax")
-        model, inputs = build(architecture), arrays(batch(architecture))
-        model.train()
-        optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-
-        @nnx.jit
-        def step(model, optimizer):
-            value, gradients = nnx.value_and_grad(loss)(model, inputs)
-            optimizer.update(model, gradients)
-            return value
-
-        losses = [float(step(model, optimizer)) for _ in range(6)]
+        losses = losses_of(build(architecture), arrays(batch(architecture)), 6)
         assert losses[-1] < 0.8 * losses[0]
 
     @pytest.mark.parametrize(
@@ -274,21 +278,9 @@ class TestTraining:
         [pytest.param("bfloat16", marks=pytest.mark.slow), pytest.param("float16", marks=REST)],
     )
     def test_optax_in_mixed_precision_with_dropout_and_checkpoints(self, dtype):
-        optax = pytest.importorskip("optax")
         model, inputs = build(ANSWERS, dtype=dtype, **DROPOUT), arrays(batch(ANSWERS, 8))
-        model.train()
         model.gradient_checkpointing_enable()
-        optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-
-        @nnx.jit
-        def step(model, optimizer):
-            value, gradients = nnx.value_and_grad(loss)(model, inputs)
-            optimizer.update(model, gradients)
-            return value
-
-        before = float(nnx.jit(loss)(model, inputs))
-        for _ in range(12):
-            step(model, optimizer)
+        before, *_ = losses_of(model, inputs, 12)
         model.eval()
         assert float(loss(model, inputs)) < 0.7 * before
 

@@ -5,10 +5,8 @@ register.
 """
 
 import io
-import json
 import os
 import random
-import select
 import struct
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from opener import Opener
 from PIL import Image, ImageCms
 
 from visualbert.errors import InputError, MissingBackendError, UsageError
@@ -478,64 +477,31 @@ def test_importing_leaves_the_bomb_check_of_pillow_alone():
 
 
 WORKER = """
-import json, resource, sys, time, warnings
-from visualbert import VisualBertError
+import resource, warnings
 from visualbert.regions import get_extractor
 
 warnings.simplefilter("ignore")
 extract = get_extractor()
+
+def attempt(path):
+    return {"outcome": "regions", "text": str(len(extract(path)))}
+
 resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-print("ready", flush=True)
-for line in sys.stdin:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    before, started = peak(), time.process_time()
-    try:
-        answer = {"outcome": "regions", "text": str(len(extract(json.loads(line))))}
-    except VisualBertError as error:
-        answer = {"outcome": "refused", "text": str(error)}
-    except BaseException as error:
-        answer = {"outcome": repr(error)[:500], "text": ""}
-    answer |= {"seconds": time.process_time() - started, "megabytes": (peak() - before) / 1024}
-    print(json.dumps(answer), flush=True)
 """
 
 
 class Worker:
-    """The process that opens what the tests give it; it may not write, grow or crash."""
+    """The process that opens what the tests give it, and may write nothing."""
 
     def __init__(self, folder):
         self.path = folder / "picture"
-        self.start()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self.process.stdout.readline() == b"ready\n"
+        self.opener = Opener(WORKER, "regions", seconds=SECONDS, megabytes=MEGABYTES)
 
     def open(self, data, name):
         self.path.write_bytes(data)
-        self.process.stdin.write(json.dumps(str(self.path)).encode() + b"\n")
-        self.process.stdin.flush()
-        answered = select.select([self.process.stdout], [], [], 8 * SECONDS)[0]
-        line = self.process.stdout.readline() if answered else b""
-        if not line:
-            self.process.kill()
-            code = self.process.wait()
-            self.start()
-            pytest.fail(f"{'crashed' if answered else 'hangs'} on {name} ({code})")
-        answer = json.loads(line)
-        assert answer["outcome"] in ("regions", "refused"), (name, answer)
-        assert answer["seconds"] < SECONDS and answer["megabytes"] < MEGABYTES, (name, answer)
-        text = answer["text"]
-        assert "\n" not in text and len(text) < 300 + len(str(self.path)), (name, text)
+        answer = self.opener.ask(str(self.path), name)
+        assert len(answer["text"]) < 300 + len(str(self.path)), (name, answer)
         return answer
 
 
@@ -543,8 +509,7 @@ class Worker:
 def worker(tmp_path_factory):
     made = Worker(tmp_path_factory.mktemp("worker"))
     yield made
-    made.process.kill()
-    made.process.wait()
+    made.opener.stop()
     assert list(made.path.parent.iterdir()) == [made.path]
 
 
