@@ -19,6 +19,7 @@ _PACKAGES = (
 )  # fmt: skip
 _FAILED = "[dim]cannot run here[/dim]"
 _FLAT = 200  # real tokens from which on the cost of one is compared
+_LONG = 2  # times the second call, from which on a first call is counted
 
 
 def machine(settings: Settings) -> dict[str, Any]:
@@ -165,7 +166,8 @@ def _number(value: float) -> str:
 
 def show_sweep(sweep: Sweep, out: Any) -> None:
     """Print what a real token costs, and what a new shape does."""
-    made = table("", "µs a real token", "worst new shape, first / second call", "")
+    made = table("", "µs a real token", "speed / transformers", "long first calls", "the worst", "")
+    reference = sweep.rows[0].implementation.name
     for row in sweep.rows:
         name = row.implementation.name
         points = [p for p in sweep.points if name in p.second]
@@ -174,14 +176,21 @@ def show_sweep(sweep: Sweep, out: Any) -> None:
             continue
         large = [p for p in points if p.tokens >= _FLAT] or points
         costs = spread([1e6 * p.second[name] / p.tokens for p in large])
-        worst = max(points, key=lambda p: p.first[name] / p.second[name])
+        news = {p.workload.name: p.first[name] / p.second[name] for p in points}
+        worst = max(news, key=lambda x: news[x])
         made.add_row(
             name,
             f"{costs.median:.0f} ({costs.low:.0f}–{costs.high:.0f})",
-            f"{worst.first[name] / worst.second[name]:.1f}",
-            worst.workload.name,
+            ranged(spread([p.second[reference] / p.second[name] for p in points])),
+            str(sum(new > _LONG for new in news.values())),
+            f"{news[worst]:.1f} times",
+            worst,
         )
-    out.print(f"\n{len(sweep.points)} batches; tokens from {_FLAT} in a batch on")
+    out.print(
+        f"\n{len(sweep.points)} batches; tokens from {_FLAT} in a batch on; a first call is long "
+        f"if it takes more than {_LONG} times the second",
+        soft_wrap=True,
+    )
     out.print(made)
     _show_failed(sweep.rows, out)
 
