@@ -53,6 +53,7 @@ from visualbert.pt.predictor import (
     has_layout,
     prepacked,
 )
+from visualbert.pt.products import _has_product
 from visualbert.schema import ARCHITECTURES
 
 LOW = (torch.bfloat16, torch.float16)
@@ -710,17 +711,20 @@ class TestPrepacked:
         }
         namespace = types.SimpleNamespace(**{k: does[v] for k, v in operations.items()})
         monkeypatch.setattr(torch.ops, "mkldnn", namespace)
-        has_layout.cache_clear()
+        found = has_layout, _has_product
+        for whether in found:
+            whether.cache_clear()
         try:
             model, given = build(ANSWERS, dtype=torch.float32), batch(ANSWERS, labels=False)
             twin, run = prepacked(model), Predictor(model)
-            assert not has_layout(torch.float32)
+            assert not has_layout(torch.float32) and not _has_product()
+            assert not any(isinstance(x, PrepackedLinear) for x in twin.modules())
+            joint = twin.visual_bert.encoder.layer[0].attention.self.joint
+            assert joint.weight.shape == (72, 24)
+            assert difference(run(given), get_backend("pt").call(model, given)) < 1e-6
         finally:
-            has_layout.cache_clear()
-        assert not any(isinstance(x, PrepackedLinear) for x in twin.modules())
-        joint = twin.visual_bert.encoder.layer[0].attention.self.joint
-        assert joint.weight.shape == (72, 24)
-        assert difference(run(given), get_backend("pt").call(model, given)) < 1e-6
+            for whether in found:
+                whether.cache_clear()
 
     def test_types_that_have_no_layout(self):
         assert not has_layout(torch.float64)

@@ -39,6 +39,7 @@ from visualbert.packing import (
     saved,
 )
 from visualbert.pretrained import PreTrained
+from visualbert.pt.products import linear
 from visualbert.pt.stretches import Stretches, attend_apart, flash_serves, make_stretches
 
 Dropout = nn.Dropout
@@ -57,6 +58,9 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: it is about to be written."""
+
+    def forward(self, x: Array) -> Array:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
@@ -343,7 +347,7 @@ class LMPredictionHead(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
     def forward(self, hidden_states, word_table):
-        return self.transform(hidden_states) @ word_table.T + self.bias  # B S W
+        return linear(self.transform(hidden_states), word_table) + self.bias  # B S W
 
 
 class PreTrainingHeads(nn.Module):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from visualbert.backend import flatten_outputs
 from visualbert.buckets import Buckets, Fitted
@@ -124,7 +125,7 @@ def has_layout(dtype: torch.dtype) -> bool:
     layer.bias.fill_(1)
     x = torch.arange(24).reshape(3, 8).to(dtype) % 3
     try:
-        return torch.equal(PrepackedLinear(layer)(x), layer(x))
+        return torch.equal(PrepackedLinear(layer)(x), F.linear(x, layer.weight, layer.bias))
     except (AttributeError, RuntimeError):  # the operations are private, and not for every type
         return False
 
