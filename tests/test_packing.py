@@ -93,7 +93,8 @@ class TestPlan:
         """R and K, written once more: the longest first, each into the fullest row with room."""
         first = -(-max(lengths) // step) * step
         best = None
-        for width in (first, first + step, first + 2 * step):
+        apart = -(-max(first // 8, 1) // step) * step
+        for width in range(first, 2 * first + 1, apart):
             rows = []
             for length in sorted(lengths, reverse=True):
                 fits = [i for i, used in enumerate(rows) if used + length <= width]
@@ -101,7 +102,7 @@ class TestPlan:
                     rows[max(fits, key=lambda i: (rows[i], -i))] += length
                 else:
                     rows.append(length)
-            cost = len(rows) * width * (1 + width / 4608)
+            cost = len(rows) * width * (1 + width / 2048)
             if best is None or cost < best[0]:
                 best = cost, (len(rows), width)
         return best[1]

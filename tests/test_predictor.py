@@ -183,10 +183,10 @@ class TestShapes:
     @pytest.mark.parametrize(
         ("sizes", "most"),
         [
-            (lambda rng: (16, 24, 100), 6),
-            (lambda rng: (16, rng.integers(12, 25), rng.integers(60, 101)), 8),
+            (lambda rng: (16, 24, 100), 8),
+            (lambda rng: (16, rng.integers(12, 25), rng.integers(60, 101)), 12),
             (lambda rng: (1, rng.integers(4, 41), rng.integers(10, 101)), 6),
-            (lambda rng: (rng.integers(1, 33), rng.integers(4, 41), rng.integers(10, 101)), 23),
+            (lambda rng: (rng.integers(1, 33), rng.integers(4, 41), rng.integers(10, 101)), 26),
         ],
         ids=["one size", "padded to the longest", "single questions", "any size"],
     )

@@ -17,6 +17,7 @@ from visualbert.config import VisualBertConfig
 from visualbert.inputs.contract import BODY_INPUTS, INPUTS
 from visualbert.packing import (
     LEAST_SAVED,
+    STEP,
     Packing,
     best_rows,
     cost_of_rows,
@@ -29,6 +30,7 @@ from visualbert.packing import (
 
 EXACT = 4  # shapes that are kept
 SLACK = 1.25  # what a shape may cost that need not be compiled, relative to one of a batch's own
+_FINE, _LARGE = 16, 512  # the step of rows, which pays from so many real positions on
 _STEPS = {"T": 32, "V": 32, "I": 8, "E": 8, "A": 8}
 _NO_LIMIT = 2**31
 _FILL = {"image_text_alignment": -1, "region_to_phrase_position": -1}
@@ -163,7 +165,8 @@ class Buckets:
         rounded = {axis: self._rounded(axis, size) for axis, size in before.items()}
         own = Shape(rounded)
         if lengths:
-            own = min(own, Shape(rounded, tuple(map(best_rows, lengths))), key=self._cost)
+            rows = tuple(best_rows(of, _FINE if of.sum() >= _LARGE else STEP) for of in lengths)
+            own = min(own, Shape(rounded, rows), key=self._cost)
         most = SLACK * self._cost(own)
         kind = before.get("C"), *((name, x.dtype) for name, x in sorted(arrays.items()))
         known = self.known[kind]

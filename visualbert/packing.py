@@ -51,8 +51,8 @@ def plan_packing(
 ) -> Packing:
     """The rows for a batch, to be passed to a model as `packing`.
 
-    Plan outside of compiled functions, where the masks have values. The longest example decides
-    about the length of the rows, of which the three best multiples of `step` are tried.
+    Plan outside of compiled functions, where the masks have values. Rows are as long as the longest
+    example or up to twice as long, whichever is the cheapest.
 
     Args:
         attention_mask: (B, T), 1 where there is a token; (B, C, T) with choices.
@@ -235,15 +235,15 @@ def rows_needed(lengths: np.ndarray, length: int) -> int:
     return _best_fit(lengths, length)[2]
 
 
-def best_rows(lengths: np.ndarray, step: int = STEP) -> tuple[int, int]:
+def best_rows(lengths: np.ndarray, step: int) -> tuple[int, int]:
     """(R, L) of the cheapest rows that hold examples of these lengths."""
     candidates = _row_lengths(max(int(lengths.max()), 1), step)
     return min(((rows_needed(lengths, x), x) for x in candidates), key=lambda x: cost_of_rows(*x))
 
 
 def cost_of_rows(count: int, length: int) -> float:
-    """Of computing on rows, in positions; attention beside the rest at base size."""
-    return count * length * (1 + length / 4608)
+    """Of computing on rows, in positions; attention beside the rest as measured at base size."""
+    return count * length * (1 + length / 2048)
 
 
 def lay_out(visible: np.ndarray, rows: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -282,11 +282,9 @@ def _placed(
 
 
 def _row_lengths(longest: int, step: int) -> Iterable[int]:
-    """Lengths to try, from one example up: three in steps, or eight up to twice as long."""
+    """Lengths to try: multiples of `step` from one example up to twice as long, nine at most."""
     first = round_up(longest, step)
-    if step == 1:
-        return range(first, 2 * first + 1, max(first // 8, 1))
-    return first, first + step, first + 2 * step
+    return range(first, 2 * first + 1, round_up(max(first // 8, 1), step))
 
 
 def _best_fit(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, int]:
