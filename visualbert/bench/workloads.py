@@ -127,8 +127,8 @@ class Device(NamedTuple):
         workloads: measured if none are asked for.
         reference: the type that transformers computes in, whose speed is 1.
         batch: of what the workloads give as 16; the others in proportion, a single question aside.
-        calls: batches in a turn, of which the mean counts; of a single question ten times as many,
-            as it comes after others like it.
+        calls: batches in a turn, of which the mean counts, after one that does not: a batch comes
+            after others like it; of a single question ten times as many.
     """
 
     dtypes: tuple[str, ...]
