@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from visualbert.pt import products
+from visualbert.pt.modeling import Linear
 from visualbert.pt.products import linear
 
 needs_product = pytest.mark.skipif(
@@ -142,6 +143,12 @@ def of_a_subclass(x, weight, bias):
     return linear(x.detach().as_subclass(Mine), weight, bias).as_subclass(torch.Tensor)
 
 
+def symbolically(x, weight, bias):
+    layer = Linear(8, 6)
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return torch.fx.symbolic_trace(layer)(x)
+
+
 WATCHED = {
     as_function: lambda x, w, b: torch.func.grad(lambda w: F.linear(x, w, b).sin().sum())(w),
     as_batch: lambda x, w, b: F.linear(x, w, b)[:, None],
@@ -154,6 +161,7 @@ WATCHED = {
     one_dimension: lambda x, w, b: F.linear(x[0], w, b),
     no_rows: lambda x, w, b: F.linear(x[:0], w, b),
     of_a_subclass: F.linear,
+    symbolically: F.linear,
 }
 
 

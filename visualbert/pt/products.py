@@ -1,7 +1,7 @@
 """Products of linear layers in float32 on a CPU, by oneDNN.
 
-PyTorch gives them to MKL, which on processors that are not Intel's is about half as fast. Gradients
-are products of the same kind. What looks into a product, as compilers and transformations do, gets
+PyTorch gives them to MKL, which is slower on processors that are not Intel's. Gradients are
+products of the same kind. What looks into a product, as compilers and transformations do, gets
 PyTorch's own; so does everyone where `torch.backends.mkldnn.enabled` is false.
 """
 
@@ -47,9 +47,9 @@ class _Linear(torch.autograd.Function):
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN's product can stand for PyTorch's."""
     return (
-        x.dtype == weight.dtype == torch.float32
+        all(type(given) in _PLAIN for given in (x, weight, bias))
+        and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
-        and all(type(given) in _PLAIN for given in (x, weight, bias))
         and x.dim() > 1
         and x.numel() > 0
         and bool(torch.backends.mkldnn.enabled)
