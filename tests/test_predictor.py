@@ -335,6 +335,22 @@ def test_unusual_batches_in_buckets_give_the_same(what):
     assert far_apart(found, call("pt", run, batch), batch) < EXACT
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared images", "images"])
+def test_batches_that_share_shapes_give_the_same(shared):
+    run, rng = build("pt", BODY), np.random.default_rng(0)
+    buckets = Buckets(BODY, run.config.replace(packing="inference"), packs=True)
+    for _ in range(60):
+        batch = TestShapes.ragged(rng, rng.integers((1, 2, 2), (40, 37, 20)))
+        if shared:
+            count = len(batch["input_ids"])
+            batch["image_index"] = rng.integers(0, min(3, count), count)
+            batch |= {name: x[:3] for name, x in batch.items() if name.startswith("visual_")}
+        fitted = buckets.fit(check_batch(run.config, BODY, batch))
+        found = buckets.cut(call("pt", run, fitted.inputs), fitted)
+        assert far_apart(found, call("pt", run, batch), batch) < EXACT
+    assert sum(map(len, buckets.known.values())) < 40
+
+
 class TestModel:
     """What a predictor does to its model, and the model to it."""
 

@@ -101,7 +101,13 @@ class Buckets:
         filled = self._filled(arrays, before, shape.sizes)
         if shape.rows:
             planned = zip(self._visible(filled), shape.rows, strict=True)
-            joint, *text = [Packing(*lay_out(visible, rows)) for visible, rows in planned]
+            count = before["B"] * before.get(
+                "C", 1
+            )  # what fills up sees nothing, not even an image
+            joint, *text = [
+                Packing(*lay_out(visible & (np.arange(len(visible)) < count)[:, None], rows))
+                for visible, rows in planned
+            ]
             filled["packing"] = joint._replace(text=text[0]) if text else joint
         return Fitted(filled, before, shape.sizes)
 
