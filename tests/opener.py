@@ -37,16 +37,17 @@ class Opener:
     Args:
         code: defines `attempt(request)`, which gives `outcome` and `text`, and sets the limits.
         outcomes: that are no failure; "refused", a `VisualBertError`, is always one of them.
-        seconds: of the processor that an answer may take; of the clock eight times as many, since
-            other processes run.
+        seconds: of the processor that an answer may take.
+        patience: seconds of the clock, which other processes share.
         megabytes: that it may add to the process.
         options: of `subprocess.Popen`.
     """
 
-    def __init__(self, code, *outcomes, seconds, megabytes, **options):
+    def __init__(self, code, *outcomes, seconds, patience, megabytes, **options):
         self.command = [sys.executable, "-c", code + LOOP]
         self.outcomes = "refused", *outcomes
-        self.seconds, self.megabytes, self.options = seconds, megabytes, options
+        self.seconds, self.patience, self.megabytes = seconds, patience, megabytes
+        self.options = options
         self.start()
 
     def start(self):
@@ -64,7 +65,7 @@ class Opener:
         stdin, stdout = self.process.stdin, self.process.stdout
         stdin.write(json.dumps(request).encode() + b"\n")
         stdin.flush()
-        answered = select.select([stdout], [], [], 8 * self.seconds)[0]
+        answered = select.select([stdout], [], [], self.patience)[0]
         line = stdout.readline() if answered else b""
         if not line:
             code = self.stop()

@@ -95,6 +95,7 @@ class Worker:
             WORKER,
             "loaded",
             seconds=SECONDS,
+            patience=4 * SECONDS,
             megabytes=MEGABYTES,
             cwd=folder,
             env={**os.environ, "TMPDIR": str(self.temporary)},

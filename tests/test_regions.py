@@ -496,7 +496,9 @@ class Worker:
 
     def __init__(self, folder):
         self.path = folder / "picture"
-        self.opener = Opener(WORKER, "regions", seconds=SECONDS, megabytes=MEGABYTES)
+        self.opener = Opener(
+            WORKER, "regions", seconds=SECONDS, patience=8 * SECONDS, megabytes=MEGABYTES
+        )
 
     def open(self, data, name):
         self.path.write_bytes(data)
