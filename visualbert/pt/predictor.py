@@ -25,6 +25,7 @@ from visualbert.inputs.contract import check_batch
 from visualbert.packing import plan_batch
 from visualbert.pt.convert import from_numpy, to_numpy
 from visualbert.pt.modeling import Intermediate, Linear, choose
+from visualbert.pt.products import multiply
 from visualbert.pt.quantized import QuantizedLinear
 
 GRAPH_POSITIONS = 512  # a larger batch keeps a GPU busy without a graph
@@ -103,10 +104,7 @@ class PrepackedLinear(nn.Module):
         self.activation = ("gelu", "none") if gelu else ("none", "")
 
     def forward(self, x: Tensor) -> Tensor:
-        kind, algorithm = self.activation
-        return torch.ops.mkldnn._linear_pointwise(
-            x.contiguous(), self.weight, self.bias, kind, [], algorithm
-        )
+        return multiply(x, self.weight, self.bias, *self.activation)
 
 
 def joined(*layers: Linear) -> Linear:

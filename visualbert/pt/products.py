@@ -1,7 +1,7 @@
 """Products of linear layers in float32 on a CPU, by oneDNN.
 
-PyTorch gives them to MKL, which is slower on processors that are not Intel's. Gradients are
-products of the same kind. What looks into a product, as compilers and transformations do, gets
+PyTorch gives them to MKL, which is slower on AMD's processors. Gradients are products of
+the same kind. What looks into a product, as compilers and transformations do, gets
 PyTorch's own; so does everyone where `torch.backends.mkldnn.enabled` is false.
 """
 
@@ -23,14 +23,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = (x, weight) if bias is None else (x, weight, bias)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return _Linear.apply(x, weight, bias)
-    return _multiply(x, weight, bias)
+    return multiply(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -61,8 +61,13 @@ def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
+    """oneDNN's product, and the activation after it; `weight` may lie in oneDNN's own layout."""
+    return torch.ops.mkldnn._linear_pointwise(
+        x.contiguous(), weight, bias, activation, [], algorithm
+    )
 
 
 @cache
@@ -72,6 +77,6 @@ def _has_product() -> bool:
     cases = (x, weight, torch.arange(6.0, device="cpu")), (x.t(), weight.t()[:3].t(), None)
     try:
         with torch.no_grad():
-            return all(torch.equal(_multiply(*case), F.linear(*case)) for case in cases)
+            return all(torch.equal(multiply(*case), F.linear(*case)) for case in cases)
     except (AttributeError, RuntimeError):
         return False
