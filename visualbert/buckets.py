@@ -9,6 +9,7 @@ costs at most a quarter more than a shape of its own.
 from bisect import insort
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,13 +102,7 @@ class Buckets:
         filled = self._filled(arrays, before, shape.sizes)
         if shape.rows:
             planned = zip(self._visible(filled), shape.rows, strict=True)
-            count = before["B"] * before.get(
-                "C", 1
-            )  # what fills up sees nothing, not even an image
-            joint, *text = [
-                Packing(*lay_out(visible & (np.arange(len(visible)) < count)[:, None], rows))
-                for visible, rows in planned
-            ]
+            joint, *text = [Packing(*lay_out(visible, rows)) for visible, rows in planned]
             filled["packing"] = joint._replace(text=text[0]) if text else joint
         return Fitted(filled, before, shape.sizes)
 
@@ -176,8 +171,8 @@ class Buckets:
         most = SLACK * self._cost(own)
         kind = before.get("C"), *((name, x.dtype) for name, x in sorted(arrays.items()))
         known = self.known[kind]
-        for shape in known:  # the cheapest first
-            if self._cost(shape) <= most and _holds(shape, before, lengths):
+        for shape in takewhile(lambda x: self._cost(x) <= most, known):  # the cheapest first
+            if _holds(shape, before, lengths):
                 return shape
         room = {
             axis: max([size, *(x.sizes[axis] for x in known)]) for axis, size in rounded.items()
@@ -197,11 +192,13 @@ class Buckets:
         return computed * (1 + LEAST_SAVED * bool(shape.rows)) + self.padded * examples * length
 
     def _visible(self, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """(B, S), true where there is something; with late fusion also (B, T)."""
+        """(B, S), true where there is something; with late fusion also (B, T). An example without
+        text fills a batch up, and does not see an image that it shares either.
+        """
         text, regions, index = flat_masks(
             arrays["attention_mask"], arrays.get("visual_attention_mask"), arrays.get("image_index")
         )
-        joint = joint_visibility(text, regions, index)
+        joint = joint_visibility(text, regions, index) & text.any(1, keepdims=True)
         return [joint, text] if self.late and regions is not None else [joint]
 
     def _filled(

@@ -282,7 +282,7 @@ def _placed(
 
 
 def _row_lengths(longest: int, step: int) -> Iterable[int]:
-    """Lengths to try: multiples of `step` from one example up to twice as long, nine at most."""
+    """Lengths to try: multiples of `step` from one example up to twice as long, some eight."""
     first = round_up(longest, step)
     return range(first, 2 * first + 1, round_up(max(first // 8, 1), step))
 
